@@ -1,0 +1,157 @@
+"""What every encoder offers: windows in, tokens that stay on the device, labels out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenHandle = Any
+"""The tokens of one window, wherever the device keeps them. Opaque to everything but its own encoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """What an encoder runs on.
+
+    Attributes:
+        backend: ``onnxruntime`` or ``torch``.
+        device: for example ``cpu``, ``cuda:0``.
+        precision: number format of the matrix products, for example ``fp32`` or ``bf16``.
+        provider: the execution provider or kernel set, for example ``CPUExecutionProvider``.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    provider: str
+
+
+class Assigner(Protocol):
+    """Blends the tokens of overlapping windows and finds the nearest centroid, on the encoder's device."""
+
+    def assign(
+        self, chunks: Sequence[Sequence[TokenHandle]]
+    ) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+        """Label chunks.
+
+        Args:
+            chunks: for each of N chunks the tokens of its windows, in the order of ``ChunkLayout.parts``.
+
+        Returns:
+            Labels of shape (N, s, s) and similarities of shape (N, s, s), s = ``stride_patches``. Neither
+            depends on which other chunks were in the call.
+        """
+        ...
+
+
+class Encoder(Protocol):
+    """A vision transformer on one device."""
+
+    @property
+    def dim(self) -> int:
+        """Length D of a token."""
+        ...
+
+    @property
+    def window_patches(self) -> int:
+        """Patches a side P of a window; a window is ``14 * P`` px a side."""
+        ...
+
+    @property
+    def batch_windows(self) -> int:
+        """Windows that fill one run of the device. ``encode`` pads to it, so tokens never depend on company."""
+        ...
+
+    @property
+    def info(self) -> DeviceInfo:
+        """The device behind this encoder."""
+        ...
+
+    def encode(self, windows: NDArray[np.uint8]) -> list[TokenHandle]:
+        """Encode windows of shape (N, S, S, 3), RGB, to N handles of (P, P, D) tokens on the device."""
+        ...
+
+    def fetch(self, tokens: TokenHandle) -> NDArray[np.float32]:
+        """Copy the tokens of one window to the host, as an array of shape (P, P, D)."""
+        ...
+
+    def token_bytes(self) -> int:
+        """Device memory that the tokens of one window take."""
+        ...
+
+    def assigner(self, centroids: NDArray[np.float32], metric: str, layout: ChunkLayout) -> Assigner:
+        """Place centroids of shape (K, D) on the device and return what assigns tokens to them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPart:
+    """One window's share of a chunk.
+
+    Attributes:
+        d_row: row of the window's index relative to the chunk's (0 or negative).
+        d_col: column, likewise.
+        token_row: first token row of the chunk inside the window.
+        token_col: first token column, likewise.
+    """
+
+    d_row: int
+    d_col: int
+    token_row: int
+    token_col: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLayout:
+    """How windows cover a chunk of ``stride_patches`` x ``stride_patches`` patches.
+
+    Window (i, j) has its core on patches ``[i*s, i*s + c)`` x ``[j*s, j*s + c)``, s the stride and
+    c = window - 2 * margin. So chunk (i, j) lies in the cores of the n * n windows (i - a, j - b),
+    0 <= a, b < n = c / s.
+
+    Attributes:
+        window_patches: patches a side of a window.
+        margin_patches: patches dropped on each side of a window.
+        stride_patches: patches a side of a chunk, and between the origins of neighbouring windows.
+    """
+
+    window_patches: int
+    margin_patches: int
+    stride_patches: int
+
+    @property
+    def core_patches(self) -> int:
+        """Patches a side of a window that are used."""
+        return self.window_patches - 2 * self.margin_patches
+
+    @property
+    def overlap(self) -> int:
+        """Windows n a side that cover a chunk: 1 without blending, 2 at half overlap."""
+        return self.core_patches // self.stride_patches
+
+    @property
+    def parts(self) -> tuple[ChunkPart, ...]:
+        """The windows that cover a chunk, the chunk's own window (0, 0) first."""
+        s, m = self.stride_patches, self.margin_patches
+        return tuple(
+            ChunkPart(d_row=-a, d_col=-b, token_row=m + a * s, token_col=m + b * s)
+            for a in range(self.overlap)
+            for b in range(self.overlap)
+        )
+
+    def weights(self) -> NDArray[np.float32]:
+        """Return blending weights of shape (n * n, s, s) in the order of ``parts``; they sum to 1 per patch.
+
+        A tent over the core: a patch counts for more the nearer it is to its window's middle.
+        """
+        c, s, n = self.core_patches, self.stride_patches, self.overlap
+        if n == 1:
+            return np.ones((1, s, s), np.float32)
+        centre = np.arange(c) + 0.5
+        tent = np.minimum(centre, c - centre).reshape(n, s)  # (n, s): share a of the core along one axis
+        tent /= tent.sum(axis=0)
+        return (tent[:, None, :, None] * tent[None, :, None, :]).reshape(n * n, s, s).astype(np.float32)
