@@ -1,0 +1,61 @@
+"""All settings, read once from ``GEOCENTROIDS_*`` environment variables by the entry points and passed down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 2**20
+
+
+def default_codebooks_dir() -> Path:
+    """Return the folder where pulled and imported codebooks are kept."""
+    return Path.home() / ".local" / "share" / "geocentroids" / "codebooks"
+
+
+class Settings(BaseSettings):
+    """What an operator can choose. Sizes are in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="GEOCENTROIDS_", frozen=True, extra="ignore")
+
+    codebook: str = Field(default="nano", min_length=1, description="codebook used where a request names none")
+    codebooks_dir: Path = Field(
+        default_factory=default_codebooks_dir, description="folder of installed codebooks, one directory each"
+    )
+    root: Path | None = Field(
+        default=None, description="folder whose files may be opened by relative path; none: no local files"
+    )
+
+    backend: Literal["auto", "onnx", "torch"] = Field(default="auto", description="what runs the encoder")
+    provider: str = Field(default="auto", description="ONNX Runtime execution provider, for example CUDA or CPU")
+    device: str = Field(default="auto", description="torch device, for example cuda:0 or cpu")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="number format of the torch encoder; auto: bf16 on CUDA, fp32 on a CPU"
+    )
+    threads: int | None = Field(default=None, ge=1, le=256, description="CPU threads of the encoder; none: all cores")
+    batch_windows: int | None = Field(
+        default=None, ge=1, le=4096, description="windows in one run of the device; none: 1 on a CPU, 32 on a GPU"
+    )
+
+    read_threads: int = Field(default=4, ge=1, le=64, description="windows read from sources at once")
+    label_cache_bytes: int = Field(default=128 * MIB, ge=0, description="memory for computed labels")
+    token_cache_bytes: int = Field(
+        default=256 * MIB, ge=0, description="device memory for tokens that neighbouring chunks share"
+    )
+    tile_cache_bytes: int = Field(default=64 * MIB, ge=0, description="memory for encoded tiles")
+    source_ttl_s: float = Field(
+        default=60, ge=0, le=86400, description="time after which a source is asked again whether it changed"
+    )
+    source_timeout_s: float = Field(default=10, gt=0, le=600, description="longest wait for an answer of a source")
+    tile_budget_s: float = Field(
+        default=4, gt=0, le=600, description="computing time that a tile may need; it sets minzoom"
+    )
+    max_chunks: int = Field(
+        default=20_000, ge=1, le=10_000_000, description="chunks that one export or statistics request may need"
+    )
+    cache_control: str = Field(
+        default="public, max-age=3600", description="Cache-Control header of tiles and other answers"
+    )
