@@ -1,0 +1,363 @@
+"""The ground grid: which patch, chunk and window a place belongs to. Pure functions on numbers and arrays.
+
+Labels belong to the ground, so everything here follows from a coordinate system and the size of a patch alone. A patch
+(row, col) of side p covers ``x`` in ``[col * p, (col + 1) * p)`` and ``-y`` in ``[row * p, (row + 1) * p)``: rows run
+south, columns run east, both from the origin of the grid's coordinate system, so either may be negative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pyproj import CRS, Proj, Transformer
+from pyproj.exceptions import CRSError, ProjError
+
+from geocentroids_tiler.errors import InputError, UnsupportedImageError
+
+WGS84 = CRS.from_epsg(4326)
+SCALE_TOLERANCE = 0.01
+"""A projected CRS whose scale is this near to 1 at the image's centre is used as it is."""
+
+Bounds = tuple[float, float, float, float]
+"""left, bottom, right, top."""
+AffineCoefficients = tuple[float, float, float, float, float, float]
+"""a, b, c, d, e, f: x = a * col + b * row + c, y = d * col + e * row + f, as in ``affine.Affine``."""
+
+
+class ChunkIndex(NamedTuple):
+    """Index of a chunk, and of the window whose core starts where the chunk does."""
+
+    row: int
+    col: int
+
+
+@dataclass(frozen=True, slots=True)
+class PatchRange:
+    """A rectangle of patches: rows ``row_start`` to ``row_stop - 1``, columns ``col_start`` to ``col_stop - 1``."""
+
+    row_start: int
+    row_stop: int
+    col_start: int
+    col_stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns; 0 where the range is empty."""
+        return max(0, self.row_stop - self.row_start), max(0, self.col_stop - self.col_start)
+
+    @property
+    def empty(self) -> bool:
+        """True if there is no patch in the range."""
+        return 0 in self.shape
+
+    def intersect(self, other: PatchRange) -> PatchRange:
+        """Return the patches in both ranges."""
+        return PatchRange(
+            max(self.row_start, other.row_start),
+            min(self.row_stop, other.row_stop),
+            max(self.col_start, other.col_start),
+            min(self.col_stop, other.col_stop),
+        )
+
+    def chunk_range(self, stride_patches: int) -> PatchRange:
+        """Return the chunks that hold these patches, as a range of chunk indices."""
+        s = stride_patches
+        if self.empty:
+            return PatchRange(0, 0, 0, 0)
+        return PatchRange(self.row_start // s, -(-self.row_stop // s), self.col_start // s, -(-self.col_stop // s))
+
+    def chunks(self, stride_patches: int) -> Iterator[ChunkIndex]:
+        """Yield the chunks that hold these patches, row by row."""
+        chunks = self.chunk_range(stride_patches)
+        for row in range(chunks.row_start, chunks.row_stop):
+            for col in range(chunks.col_start, chunks.col_stop):
+                yield ChunkIndex(row, col)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The patches of one coordinate system.
+
+    Attributes:
+        crs: a projected CRS in metres, true to scale within 1 % at the image's centre.
+        patch_m: side of a patch in metres.
+        areal_scale: area on the map divided by area on the ground, at the image's centre.
+    """
+
+    crs: CRS
+    patch_m: float
+    areal_scale: float = 1.0
+
+    @property
+    def patch_area_m2(self) -> float:
+        """Area of a patch on the ground."""
+        return self.patch_m**2 / self.areal_scale
+
+    def patch_of(self, x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return rows and columns of the patches that hold points, of the shape of ``x`` and ``y`` (grid CRS)."""
+        row = np.floor(-np.asarray(y, np.float64) / self.patch_m).astype(np.int64)
+        col = np.floor(np.asarray(x, np.float64) / self.patch_m).astype(np.int64)
+        return row, col
+
+    def patch_centre(self, row: ArrayLike, col: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return x and y (grid CRS) of patch centres, of the shape of ``row`` and ``col``."""
+        x = (np.asarray(col, np.float64) + 0.5) * self.patch_m
+        y = -(np.asarray(row, np.float64) + 0.5) * self.patch_m
+        return x, y
+
+    def bounds_of(self, patches: PatchRange) -> Bounds:
+        """Return the outline of a range of patches, in the grid CRS."""
+        p = self.patch_m
+        return (patches.col_start * p, -patches.row_stop * p, patches.col_stop * p, -patches.row_start * p)
+
+    def transform_of(self, patches: PatchRange) -> AffineCoefficients:
+        """Return the geotransform of an array with one pixel per patch of ``patches``."""
+        left, _, _, top = self.bounds_of(patches)
+        return (self.patch_m, 0.0, left, 0.0, -self.patch_m, top)
+
+    def patches_touching(self, bounds: Bounds) -> PatchRange:
+        """Return the patches that share area with a rectangle of the grid CRS."""
+        left, bottom, right, top = (value / self.patch_m for value in bounds)
+        return PatchRange(math.floor(-top), math.ceil(-bottom), math.floor(left), math.ceil(right))
+
+
+def window_patches_of(chunk: ChunkIndex, window_patches: int, margin_patches: int, stride_patches: int) -> PatchRange:
+    """Return the patches of the window whose core starts where ``chunk`` does, margin included."""
+    row = chunk.row * stride_patches - margin_patches
+    col = chunk.col * stride_patches - margin_patches
+    return PatchRange(row, row + window_patches, col, col + window_patches)
+
+
+def ground_grid(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: int, patch_m: float) -> Grid:
+    """Return the grid of an image.
+
+    Args:
+        crs: the image's CRS.
+        transform: its geotransform.
+        width_px: columns.
+        height_px: rows.
+        patch_m: side of a patch in metres.
+
+    Returns:
+        The grid in the image's own CRS if that is projected, in metres and true to scale within 1 % at the image's
+        centre; otherwise in the UTM zone of the centre.
+
+    Raises:
+        UnsupportedImageError: if the image cannot be placed on the ground.
+    """
+    crs = _horizontal(crs)
+    lon, lat = image_centre(crs, transform, width_px, height_px)
+    if _is_metric_grid(crs):
+        scale = _scale_at(crs, lon, lat)
+        if scale is not None and all(abs(factor - 1) <= SCALE_TOLERANCE for factor in scale):
+            return Grid(crs, patch_m, areal_scale=scale[0] * scale[1])
+    utm = utm_crs(lon, lat)
+    scale = _scale_at(utm, lon, lat)
+    if scale is None:
+        raise UnsupportedImageError(f"the image's centre ({lon:.6f}, {lat:.6f}) cannot be projected to {utm.name}")
+    return Grid(utm, patch_m, areal_scale=scale[0] * scale[1])
+
+
+def image_centre(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: int) -> tuple[float, float]:
+    """Return longitude and latitude of an image's centre.
+
+    Raises:
+        UnsupportedImageError: if the CRS cannot be transformed to WGS 84, or the centre is not a place on Earth.
+    """
+    a, b, c, d, e, f = transform
+    if a * e - b * d == 0:
+        raise UnsupportedImageError(f"the geotransform {transform} has no area; a georeferenced image is needed")
+    col, row = width_px / 2, height_px / 2
+    lon, lat = project(crs, WGS84, a * col + b * row + c, d * col + e * row + f)
+    if not (np.isfinite(lon) and np.isfinite(lat) and abs(lat) <= 90):
+        raise UnsupportedImageError(f"the image's centre is outside the area where its CRS {crs.name!r} is defined")
+    return wrap_longitude(float(lon)), float(lat)
+
+
+def utm_crs(lon: float, lat: float) -> CRS:
+    """Return the UTM zone of a place, with the exceptions of Norway and Svalbard.
+
+    Raises:
+        UnsupportedImageError: beyond 84 degrees north and 80 degrees south, where UTM ends.
+    """
+    if not -80 <= lat <= 84:
+        raise UnsupportedImageError(
+            f"latitude {lat:.4f} is beyond UTM (80 S to 84 N); supply the image in a projected CRS in metres "
+            "that is true to scale there"
+        )
+    lon = wrap_longitude(lon)
+    zone = int((lon + 180) // 6) + 1
+    if 56 <= lat < 64 and 3 <= lon < 12:
+        zone = 32
+    elif lat >= 72 and 0 <= lon < 42:
+        zone = 31 + 2 * int((lon + 3) // 12)
+    return CRS.from_epsg((32600 if lat >= 0 else 32700) + zone)
+
+
+def ground_gsd(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: int, grid: Grid) -> float:
+    """Return metres on the ground per pixel at the image's centre: the side of a square of a pixel's area."""
+    a, b, c, d, e, f = transform
+    col, row = width_px / 2, height_px / 2
+    cols, rows = np.array([col, col + 1, col]), np.array([row, row, row + 1])
+    x, y = project(_horizontal(crs), grid.crs, a * cols + b * rows + c, d * cols + e * rows + f)
+    area = abs((x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0]))
+    return math.sqrt(float(area) / grid.areal_scale)
+
+
+def outline(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: int, target: CRS) -> NDArray[np.float64]:
+    """Return an image's edge as points of shape (N, 2) in ``target``, 33 a side, without those that do not exist there.
+
+    Raises:
+        UnsupportedImageError: if no point of the edge exists in ``target``.
+    """
+    a, b, c, d, e, f = transform
+    t = np.linspace(0, 1, 33)
+    zero, one = np.zeros_like(t), np.ones_like(t)
+    cols = np.concatenate([t, one, t[::-1], zero]) * width_px
+    rows = np.concatenate([zero, t, one, t[::-1]]) * height_px
+    x, y = project(_horizontal(crs), target, a * cols + b * rows + c, d * cols + e * rows + f)
+    points = np.stack([x, y], axis=1)
+    points = points[np.isfinite(points).all(axis=1)]
+    if not len(points):
+        raise UnsupportedImageError(f"the image lies outside the area where {target.name!r} is defined")
+    return points
+
+
+def geographic_bounds(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: int) -> Bounds:
+    """Return west, south, east, north of an image in degrees; -180 to 180 where it crosses the antimeridian."""
+    points = outline(crs, transform, width_px, height_px, WGS84)
+    lon0, _ = image_centre(_horizontal(crs), transform, width_px, height_px)
+    lon = lon0 + (points[:, 0] - lon0 + 180) % 360 - 180  # no jump along the edge
+    south, north = float(points[:, 1].min()), float(points[:, 1].max())
+    if lon.min() < -180 or lon.max() > 180:
+        return -180.0, south, 180.0, north
+    return float(lon.min()), south, float(lon.max()), north
+
+
+def project(source: CRS, target: CRS, x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Transform points between coordinate systems, x first in both; points that do not exist become infinite.
+
+    Args:
+        source: CRS of ``x`` and ``y``.
+        target: CRS wanted.
+        x: eastings or longitudes, any shape.
+        y: northings or latitudes, of the same shape.
+
+    Raises:
+        UnsupportedImageError: if there is no transformation between the two.
+    """
+    try:
+        px, py = _transformer(source, target).transform(np.asarray(x, np.float64), np.asarray(y, np.float64))
+    except ProjError as error:
+        raise UnsupportedImageError(f"cannot transform from {source.name!r} to {target.name!r}: {error}") from error
+    return np.asarray(px), np.asarray(py)
+
+
+def raster_points(
+    bounds: Bounds, crs: CRS, shape: tuple[int, int], grid: Grid, tolerance_m: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return where the pixel centres of a raster lie in the grid CRS.
+
+    Coordinates are transformed at control points and interpolated between them; the mesh is made finer until the
+    error at the middle of its cells, where it is largest, is within the tolerance.
+
+    Args:
+        bounds: of the raster, in ``crs``.
+        crs: CRS of the raster, x first.
+        shape: rows and columns of the raster.
+        grid: the grid.
+        tolerance_m: largest error allowed, in metres.
+
+    Returns:
+        x and y of shape ``shape``; infinite or NaN where a pixel has no place in the grid CRS.
+    """
+    left, bottom, right, top = bounds
+    rows, cols = shape
+    u = (np.arange(cols) + 0.5) / cols
+    v = (np.arange(rows) + 0.5) / rows
+
+    def exact(u: NDArray[np.float64], v: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        uu, vv = np.meshgrid(u, v)
+        return project(crs, grid.crs, left + uu * (right - left), top + vv * (bottom - top))
+
+    cells = 8
+    while cells * 2 <= min(rows, cols):
+        mesh = np.linspace(0, 1, cells + 1)
+        x, y = exact(mesh, mesh)
+        middle = (mesh[:-1] + mesh[1:]) / 2
+        mx, my = exact(middle, middle)
+        ex, ey = _bilinear(x, middle, middle) - mx, _bilinear(y, middle, middle) - my
+        error = np.hypot(ex, ey)
+        if not np.isfinite(error).all():
+            break
+        if error.max() <= tolerance_m:
+            return _bilinear(x, u, v), _bilinear(y, u, v)
+        cells *= 2
+    return exact(u, v)
+
+
+def wrap_longitude(lon: float) -> float:
+    """Bring a longitude to -180 (included) to 180 (not included)."""
+    return (lon + 180) % 360 - 180
+
+
+def parse_crs(text: str) -> CRS:
+    """Read ``AUTHORITY:code``, for example ``EPSG:32721``; nothing else is accepted.
+
+    Raises:
+        InputError: if it is anything else.
+    """
+    authority, _, code = text.partition(":")
+    if not (authority.isalpha() and code.isalnum() and len(text) <= 32):
+        raise InputError(f"{text!r} is not a CRS; write AUTHORITY:code, for example EPSG:32721")
+    try:
+        return CRS.from_authority(authority, code)
+    except CRSError as error:
+        raise InputError(f"{text!r} is not a known CRS; write AUTHORITY:code, for example EPSG:32721") from error
+
+
+def _bilinear(mesh: NDArray[np.float64], u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Interpolate values on a regular mesh over the unit square at columns ``u`` and rows ``v``: (len(v), len(u))."""
+    n = len(mesh) - 1
+    col = np.minimum((u * n).astype(np.int64), n - 1)
+    row = np.minimum((v * n).astype(np.int64), n - 1)
+    fu, fv = u * n - col, (v * n - row)[:, None]
+    across = mesh[:, col] * (1 - fu) + mesh[:, col + 1] * fu  # (n + 1, len(u))
+    result: NDArray[np.float64] = across[row] * (1 - fv) + across[row + 1] * fv
+    return result
+
+
+@lru_cache(maxsize=256)
+def _transformer(source: CRS, target: CRS) -> Transformer:
+    return Transformer.from_crs(source, target, always_xy=True)
+
+
+def _horizontal(crs: CRS) -> CRS:
+    return crs.sub_crs_list[0] if crs.is_compound else crs
+
+
+def _is_metric_grid(crs: CRS) -> bool:
+    """True for a projected CRS with axes east and north in metres, other than Web Mercator.
+
+    Web Mercator is true to scale at the equator only, and its images there should share patches with their
+    neighbours' UTM images.
+    """
+    if not crs.is_projected or (crs.coordinate_operation and "Pseudo" in crs.coordinate_operation.method_name):
+        return False
+    axes = crs.axis_info[:2]
+    return {axis.direction for axis in axes} == {"east", "north"} and all(
+        axis.unit_conversion_factor == 1 for axis in axes
+    )
+
+
+def _scale_at(crs: CRS, lon: float, lat: float) -> tuple[float, float] | None:
+    """Return the scale along the meridian and the parallel at a place, or None where the CRS is not defined."""
+    factors = Proj(crs).get_factors(lon, lat)
+    scale = float(factors.meridional_scale), float(factors.parallel_scale)
+    return scale if all(math.isfinite(value) and value > 0 for value in scale) else None
