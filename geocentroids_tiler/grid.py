@@ -260,9 +260,9 @@ def project(source: CRS, target: CRS, x: ArrayLike, y: ArrayLike) -> tuple[NDArr
 
 
 def raster_points(
-    bounds: Bounds, crs: CRS, shape: tuple[int, int], grid: Grid, tolerance_m: float
+    bounds: Bounds, crs: CRS, shape: tuple[int, int], target: CRS, tolerance: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return where the pixel centres of a raster lie in the grid CRS.
+    """Return where the pixel centres of a raster lie in another CRS.
 
     Coordinates are transformed at control points and interpolated between them; the mesh is made finer until the
     error at the middle of its cells, where it is largest, is within the tolerance.
@@ -271,11 +271,11 @@ def raster_points(
         bounds: of the raster, in ``crs``.
         crs: CRS of the raster, x first.
         shape: rows and columns of the raster.
-        grid: the grid.
-        tolerance_m: largest error allowed, in metres.
+        target: CRS of the answer.
+        tolerance: largest error allowed, in units of ``target``.
 
     Returns:
-        x and y of shape ``shape``; infinite or NaN where a pixel has no place in the grid CRS.
+        x and y of shape ``shape``; infinite or NaN where a pixel has no place in ``target``.
     """
     left, bottom, right, top = bounds
     rows, cols = shape
@@ -284,7 +284,7 @@ def raster_points(
 
     def exact(u: NDArray[np.float64], v: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         uu, vv = np.meshgrid(u, v)
-        return project(crs, grid.crs, left + uu * (right - left), top + vv * (bottom - top))
+        return project(crs, target, left + uu * (right - left), top + vv * (bottom - top))
 
     cells = 8
     while cells * 2 <= min(rows, cols):
@@ -296,7 +296,7 @@ def raster_points(
         error = np.hypot(ex, ey)
         if not np.isfinite(error).all():
             break
-        if error.max() <= tolerance_m:
+        if error.max() <= tolerance:
             return _bilinear(x, u, v), _bilinear(y, u, v)
         cells *= 2
     return exact(u, v)

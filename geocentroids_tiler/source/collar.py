@@ -1,0 +1,128 @@
+"""Collars: the flat black or white border of an image that says nowhere what is data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLAT = 2
+"""A collar's pixels, averaged over a cell of the map, are this near to pure black or white (grey levels)."""
+NOISE = 16
+"""Compression noise reaches this far from black or white in the last pixels of a collar (grey levels).
+
+Measured on a JPEG mosaic with a black collar (Bolivia, 0.25 m): the area of dark pixels connected to the edge is
+47.7 % of the image at 0, 48.09 % at 16, and then stops growing (48.10 % at 24).
+"""
+SHORTEST_EDGE_CELLS, SHORTEST_EDGE_SHARE = 8, 0.01
+"""A collar takes at least this stretch of an edge: cells, and share of the longer side. Deep shadows and overexposed
+roofs cut by the edge are shorter (5 cells in the satellite test image)."""
+MAX_CELLS = 2048
+"""Cells along the longer side of the map of collars."""
+
+
+@dataclass(frozen=True)
+class Collar:
+    """Where an image is a collar, on a coarse map of it.
+
+    Attributes:
+        inside: cells that are collar and whose neighbours are too, of shape (rows, cols): no data whatever is there.
+        near: those and the cells around them: no data where a pixel is nearly black or white.
+        white: True for a white collar, False for a black one.
+    """
+
+    inside: NDArray[np.bool_]
+    near: NDArray[np.bool_]
+    white: bool
+
+    def covers(self, pixels: NDArray[np.uint8], v: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Tell which pixels belong to the collar.
+
+        Args:
+            pixels: of shape (H, W, 3).
+            v: place of each pixel down the image, 0 at its top and 1 at its bottom; broadcasts to (H, W).
+            u: place across the image, likewise.
+
+        Returns:
+            Of shape (H, W), True on the collar.
+        """
+        rows, cols = self.near.shape
+        row = np.clip(np.nan_to_num(v) * rows, 0, rows - 1).astype(np.intp)
+        col = np.clip(np.nan_to_num(u) * cols, 0, cols - 1).astype(np.intp)
+        near: NDArray[np.bool_] = self.near[row, col]
+        if near.any():
+            near = self.inside[row, col] | (near & _is_flat(pixels, self.white, NOISE))
+        return near
+
+
+def find_collars(overview: NDArray[np.uint8]) -> tuple[Collar, ...]:
+    """Find the collars of an image.
+
+    A collar is a flat black or white area, at least three cells wide, that takes a stretch of the image's edge. Dark
+    or bright ground inside the image does not reach the edge, and a shadow or a roof that does is too small.
+
+    Args:
+        overview: the whole image, of shape (rows, cols, 3), averaged to at most ``MAX_CELLS`` a side.
+
+    Returns:
+        None, one or two collars.
+    """
+    collars = []
+    for white in (False, True):
+        core = _erode(_is_flat(overview, white, FLAT))
+        reached = _reach_from_edge(core)
+        if reached.any():
+            area = _dilate(reached)
+            collars.append(Collar(inside=_erode(area), near=_dilate(_dilate(area)), white=white))
+    return tuple(collars)
+
+
+def _is_flat(pixels: NDArray[np.uint8], white: bool, tolerance: int) -> NDArray[np.bool_]:
+    flat = pixels.min(axis=-1) >= 255 - tolerance if white else pixels.max(axis=-1) <= tolerance
+    return np.asarray(flat)
+
+
+def _neighbours(mask: NDArray[np.bool_], outside: bool) -> list[NDArray[np.bool_]]:
+    """Return the mask shifted to each of the 3 x 3 positions; beyond the edge it counts as ``outside``."""
+    padded = np.pad(mask, 1, constant_values=outside)
+    rows, cols = mask.shape
+    return [padded[i : i + rows, j : j + cols] for i in range(3) for j in range(3)]
+
+
+def _erode(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return np.asarray(np.logical_and.reduce(_neighbours(mask, outside=True)))
+
+
+def _dilate(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return np.asarray(np.logical_or.reduce(_neighbours(mask, outside=False)))
+
+
+def _reach_from_edge(area: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the part of ``area`` that is connected, through sides of cells, to a long enough run on the edge."""
+    shortest = max(SHORTEST_EDGE_CELLS, round(SHORTEST_EDGE_SHARE * max(area.shape)))
+    reached = np.zeros_like(area)
+    for line in np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1]:
+        reached[line] |= _long_runs(area[line], shortest)
+    while True:
+        before = np.count_nonzero(reached)
+        reached = _fill_runs(area, reached)
+        reached = _fill_runs(area.T, reached.T).T
+        if np.count_nonzero(reached) == before:
+            return reached
+
+
+def _long_runs(line: NDArray[np.bool_], shortest: int) -> NDArray[np.bool_]:
+    """Keep the runs of True in a line that are at least ``shortest`` long."""
+    number = np.cumsum(np.diff(line, prepend=False) != 0)  # odd inside runs, even between them
+    return np.asarray(line & (np.bincount(number)[number] >= shortest))
+
+
+def _fill_runs(area: NDArray[np.bool_], reached: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Extend ``reached`` to every horizontal run of ``area`` that it touches."""
+    starts = area.copy()
+    starts[:, 1:] &= ~area[:, :-1]
+    run = np.cumsum(starts.ravel()).reshape(area.shape)  # number of the run that each cell of area is in
+    touched = np.zeros(int(run.flat[-1]) + 1, bool)
+    touched[run[reached & area]] = True
+    return touched[run] & area

@@ -1,0 +1,309 @@
+"""A dataset: an image's identity, its place on the ground grid, and what is needed to read windows from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from pyproj import CRS
+from pyproj.exceptions import CRSError
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.enums import Resampling as RasterioResampling
+from rasterio.errors import RasterioError
+
+from geocentroids_tiler.codebook import Codebook, PreprocessSection
+from geocentroids_tiler.errors import SourceUnavailableError, UnsupportedImageError
+from geocentroids_tiler.grid import (
+    AffineCoefficients,
+    Bounds,
+    Grid,
+    PatchRange,
+    geographic_bounds,
+    ground_grid,
+    ground_gsd,
+    outline,
+)
+from geocentroids_tiler.source.collar import MAX_CELLS, Collar, find_collars
+from geocentroids_tiler.source.policy import Source, gdal_options
+
+MAX_UPSAMPLING = 4.0
+"""Imagery this many times coarser than the codebook's gsd is the coarsest that is accepted."""
+SAME_GSD = 1.05
+"""Ratios of gsd up to here count as the same."""
+MAX_PX_WITHOUT_OVERVIEWS = 8192 * 8192
+"""Larger images must have overviews: without them every look at the whole image reads all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How bands become 8-bit RGB.
+
+    Attributes:
+        bidx: band numbers (from 1) of red, green and blue; None: from the colour interpretation.
+        rescale: values that become 0 and 255; None: only 8-bit images are accepted.
+    """
+
+    bidx: tuple[int, int, int] | None = None
+    rescale: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An image as one codebook sees it. Holds no open file; every task opens its own.
+
+    Attributes:
+        source: where it is.
+        identity: changes when the content does.
+        options: how bands become RGB.
+        crs: the image's CRS.
+        transform: its geotransform.
+        width_px: columns.
+        height_px: rows.
+        indexes: bands read as red, green and blue.
+        gsd_m: metres on the ground per pixel.
+        overview: index of the overview that windows are read from, None for the image itself.
+        warped: True if pixels are warped to the grid's CRS, False if that is the image's own, north up.
+        collars: flat borders to leave out; only for images without alpha, mask or nodata.
+        grid: the ground grid.
+        footprint: patches that share area with the image's outline.
+        geographic_bounds: west, south, east, north in degrees.
+        preprocess: the codebook's way from pixels to windows.
+        timeout_s: longest wait for an answer of the source.
+    """
+
+    source: Source
+    identity: str
+    options: ReadOptions
+    crs: CRS
+    transform: AffineCoefficients
+    width_px: int
+    height_px: int
+    indexes: tuple[int, int, int]
+    gsd_m: float
+    overview: int | None
+    warped: bool
+    collars: tuple[Collar, ...]
+    grid: Grid
+    footprint: PatchRange
+    geographic_bounds: Bounds
+    preprocess: PreprocessSection
+    timeout_s: float
+
+    @property
+    def key(self) -> tuple[str, str, ReadOptions]:
+        """What pixels depend on, apart from the codebook."""
+        return self.source.url, self.identity, self.options
+
+    @property
+    def chunk_count(self) -> int:
+        """Chunks that share area with the image's outline."""
+        rows, cols = self.footprint.chunk_range(self.preprocess.stride_patches).shape
+        return rows * cols
+
+    @property
+    def upsampling(self) -> float:
+        """The image's gsd divided by the codebook's."""
+        return self.gsd_m / self.preprocess.gsd_m
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know before trusting the labels."""
+        if self.upsampling <= SAME_GSD:
+            return ()
+        return (
+            f"the image has {self.gsd_m:.3g} m per pixel and the codebook expects {self.preprocess.gsd_m:.3g} m: "
+            f"it is upsampled {self.upsampling:.1f} x and labels are less reliable",
+        )
+
+
+def source_identity(source: Source, timeout_s: float) -> str:
+    """Return a text that changes when the content of a source does.
+
+    ETag, Last-Modified and length of a remote source; modification time and size of a local one.
+
+    Raises:
+        SourceUnavailableError: if the source cannot be reached or does not answer with success.
+    """
+    if source.path is not None:
+        try:
+            stat = source.path.stat()
+        except OSError as error:
+            raise SourceUnavailableError(f"cannot open {source.url!r}") from error
+        return f"{stat.st_mtime_ns}-{stat.st_size}"
+    try:
+        with (
+            httpx.Client(follow_redirects=True, timeout=timeout_s, trust_env=False) as client,
+            client.stream("GET", source.url, headers={"Range": "bytes=0-0"}) as answer,
+        ):
+            answer.raise_for_status()
+            headers = answer.headers
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise SourceUnavailableError(f"cannot open {source.url!r}") from error
+    length = headers.get("content-range", "").rpartition("/")[2] or headers.get("content-length", "")
+    return "-".join([headers.get("etag", ""), headers.get("last-modified", ""), length])
+
+
+def open_dataset(source: Source, options: ReadOptions, codebook: Codebook, timeout_s: float) -> Dataset:
+    """Read an image's header (and a small overview where validity needs it) and place it on the ground.
+
+    Args:
+        source: where it is, as allowed by the policy.
+        options: how bands become RGB.
+        codebook: sets gsd, resampling and the size of patches.
+        timeout_s: longest wait for an answer of the source.
+
+    Raises:
+        SourceUnavailableError: if it is missing, forbidden or not a GeoTIFF.
+        UnsupportedImageError: if it is not an image that the codebook can classify.
+    """
+    identity = source_identity(source, timeout_s)
+    preprocess = codebook.manifest.preprocess
+    with open_raster(source, identity, None, timeout_s) as raster:
+        crs = _crs_of(raster)
+        transform: AffineCoefficients = tuple(raster.transform)[:6]
+        size = raster.width, raster.height
+        grid = ground_grid(crs, transform, *size, codebook.patch_m)
+        gsd_m = ground_gsd(crs, transform, *size, grid)
+        if gsd_m > MAX_UPSAMPLING * preprocess.gsd_m:
+            raise UnsupportedImageError(
+                f"the image has {gsd_m:.3g} m per pixel; codebook {codebook.name!r} expects {preprocess.gsd_m:.3g} m "
+                f"and accepts up to {MAX_UPSAMPLING * preprocess.gsd_m:.3g} m"
+            )
+        factors = raster.overviews(1)
+        if not factors and raster.width * raster.height > MAX_PX_WITHOUT_OVERVIEWS:
+            raise UnsupportedImageError(
+                f"the image has {raster.width} x {raster.height} px and no overviews; above "
+                f"{MAX_PX_WITHOUT_OVERVIEWS} px overviews are required (write it as a Cloud Optimized GeoTIFF)"
+            )
+        indexes = _rgb_indexes(raster, options)
+        _check_dtype(raster, indexes, options)
+        collars = () if _states_validity(raster) else find_collars(_overview_of(raster, indexes, options))
+    fine_enough = [i for i, factor in enumerate(factors) if gsd_m * factor <= preprocess.gsd_m * 1.01]
+    a, b, _, d, e, _ = transform
+    north_up = b == 0 and d == 0 and a > 0 and e < 0
+    edge = outline(crs, transform, *size, grid.crs)
+    (left, bottom), (right, top) = edge.min(axis=0), edge.max(axis=0)
+    return Dataset(
+        source=source,
+        identity=identity,
+        options=options,
+        crs=crs,
+        transform=transform,
+        width_px=size[0],
+        height_px=size[1],
+        indexes=indexes,
+        gsd_m=gsd_m,
+        overview=fine_enough[-1] if fine_enough else None,
+        warped=not (north_up and grid.crs == crs),
+        collars=collars,
+        grid=grid,
+        footprint=grid.patches_touching((left, bottom, right, top)),
+        geographic_bounds=geographic_bounds(crs, transform, *size),
+        preprocess=preprocess,
+        timeout_s=timeout_s,
+    )
+
+
+@contextmanager
+def open_raster(source: Source, identity: str, overview: int | None, timeout_s: float) -> Iterator[Any]:
+    """Open a source with rasterio for the length of a ``with`` block; one per task, never shared by threads.
+
+    Args:
+        source: where it is.
+        identity: of the content; keeps GDAL from mixing it with cached bytes of earlier content.
+        overview: index of an overview to open in place of the image.
+        timeout_s: longest wait for an answer.
+
+    Raises:
+        SourceUnavailableError: if it cannot be opened or read; missing, forbidden and unreadable read the same.
+    """
+    if source.path is not None:
+        name = str(source.path)
+    else:
+        # A fragment is never sent to the server, but makes GDAL's cache keep contents apart.
+        name = f"/vsicurl/{source.url}#{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    levels = {} if overview is None else {"overview_level": overview}
+    try:
+        with rasterio.Env(**gdal_options(timeout_s)), rasterio.open(name, driver="GTiff", **levels) as raster:
+            yield raster
+    except (RasterioError, OSError) as error:
+        raise SourceUnavailableError(f"cannot open {source.url!r}") from error
+
+
+def to_uint8(values: NDArray[Any], rescale: tuple[float, float] | None) -> NDArray[np.uint8]:
+    """Return values as bytes: as they are, or stretched linearly and clipped by ``rescale``; not-a-number becomes 0."""
+    if rescale is None:
+        return np.asarray(values, np.uint8)
+    low, high = rescale
+    scaled = (np.nan_to_num(values.astype(np.float32), nan=low) - low) * (255 / (high - low))
+    result: NDArray[np.uint8] = np.rint(scaled.clip(0, 255)).astype(np.uint8)
+    return result
+
+
+def _crs_of(raster: Any) -> CRS:
+    if raster.crs is None:
+        raise UnsupportedImageError("the image has no coordinate reference system; a georeferenced GeoTIFF is needed")
+    if raster.transform.is_identity:
+        raise UnsupportedImageError("the image has no geotransform; a georeferenced GeoTIFF is needed")
+    try:
+        crs = CRS.from_wkt(raster.crs.to_wkt())
+    except CRSError as error:
+        raise UnsupportedImageError(f"the image's coordinate reference system is not usable: {error}") from error
+    return crs.sub_crs_list[0] if crs.is_compound else crs
+
+
+def _rgb_indexes(raster: Any, options: ReadOptions) -> tuple[int, int, int]:
+    if options.bidx is not None:
+        if not all(1 <= index <= raster.count for index in options.bidx):
+            raise UnsupportedImageError(f"bidx {options.bidx} is not in the image; it has bands 1 to {raster.count}")
+        return options.bidx
+    interpretation = raster.colorinterp
+    rgb = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+    if all(color in interpretation for color in rgb):
+        red, green, blue = (interpretation.index(color) + 1 for color in rgb)
+        return red, green, blue
+    colors = [i + 1 for i, color in enumerate(interpretation) if color != ColorInterp.alpha]
+    if len(colors) == 3:
+        return colors[0], colors[1], colors[2]
+    found = ", ".join(color.name for color in interpretation)
+    raise UnsupportedImageError(
+        f"the image's bands ({found}) are not red, green and blue; choose three with bidx, for example "
+        "bidx=1&bidx=2&bidx=3"
+    )
+
+
+def _check_dtype(raster: Any, indexes: tuple[int, int, int], options: ReadOptions) -> None:
+    dtypes = {raster.dtypes[index - 1] for index in indexes}
+    if dtypes == {"uint8"} or options.rescale is not None:
+        return
+    sample = raster.read(indexes, out_shape=(3, *_small_shape(raster, 512)), masked=True)
+    finite = np.ma.masked_invalid(sample)
+    found = f"{finite.min()} to {finite.max()}" if finite.count() else "none"
+    raise UnsupportedImageError(
+        f"the image holds {', '.join(sorted(dtypes))} values ({found}), not 8-bit colours; say which values are "
+        "black and white with rescale, for example rescale=0,3000"
+    )
+
+
+def _states_validity(raster: Any) -> bool:
+    """True if the file says which pixels are data: by alpha, mask or nodata."""
+    return any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
+
+
+def _overview_of(raster: Any, indexes: tuple[int, int, int], options: ReadOptions) -> NDArray[np.uint8]:
+    """Return the whole image, averaged to at most ``MAX_CELLS`` a side, of shape (rows, cols, 3)."""
+    shape = _small_shape(raster, MAX_CELLS)
+    values = raster.read(indexes, out_shape=(3, *shape), resampling=RasterioResampling.average)
+    return to_uint8(values.transpose(1, 2, 0), options.rescale)
+
+
+def _small_shape(raster: Any, longest: int) -> tuple[int, int]:
+    factor = max(1.0, max(raster.height, raster.width) / longest)
+    return max(1, round(raster.height / factor)), max(1, round(raster.width / factor))
