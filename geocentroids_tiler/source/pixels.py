@@ -101,6 +101,8 @@ def _read_direct(
     filled = fill_invalid(pixels, valid)
     box = (col0 - first_col, row0 - first_row, col1 - first_col, row1 - first_row)
     image = Image.fromarray(filled).resize((size, size), _PILLOW_FILTER[dataset.preprocess.resampling], box)
+    if valid.all():
+        return np.asarray(image), np.ones((size, size), bool)
     share = Image.fromarray(valid.astype(np.uint8) * 255).resize((size, size), Image.Resampling.BOX, box)
     return np.asarray(image), np.asarray(share) >= 128
 

@@ -1,0 +1,1 @@
+"""Labels of patches: computed in chunks, kept, shared."""

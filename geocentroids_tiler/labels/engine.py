@@ -1,0 +1,301 @@
+"""From wanted patches to labels: windows are read, encoded, blended and assigned, each once however many want them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from cachetools import LRUCache
+from numpy.typing import NDArray
+
+from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
+from geocentroids_tiler.encoder.base import ChunkLayout, Encoder, TokenHandle
+from geocentroids_tiler.grid import ChunkIndex, PatchRange
+from geocentroids_tiler.labels.batching import BatchQueue, Lane
+from geocentroids_tiler.labels.store import ChunkKey, ChunkLabels, LabelStore
+from geocentroids_tiler.source import Dataset, WindowPixels, read_windows
+
+READ_BATCH = 16
+"""Windows read through one opening of a file: opening costs as much as reading a few."""
+CHUNKS_AHEAD = 128
+"""Chunks that one caller keeps in the queues at once: enough to fill a device, few enough to bound memory."""
+PIXEL_CACHE_BYTES = 64 * 2**20
+"""Windows read but wanted again soon, as their own chunk's and as their neighbours'."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LabelBlock:
+    """Labels of a rectangle of patches.
+
+    Attributes:
+        patches: the rectangle.
+        labels: of shape ``patches.shape``, uint16; 65535 where there is no data.
+        similarity: of shape ``patches.shape``, float32; NaN where there is no data.
+    """
+
+    patches: PatchRange
+    labels: NDArray[np.uint16]
+    similarity: NDArray[np.float32]
+
+    @classmethod
+    def empty(cls, patches: PatchRange) -> LabelBlock:
+        """Return a block without data."""
+        return cls(patches, np.full(patches.shape, NODATA_LABEL, np.uint16), np.full(patches.shape, np.nan, np.float32))
+
+    def paste(self, index: ChunkIndex, chunk: ChunkLabels) -> None:
+        """Write the part of a chunk that lies inside into this block."""
+        s = len(chunk.labels)
+        whole = PatchRange(index.row * s, (index.row + 1) * s, index.col * s, (index.col + 1) * s)
+        part = whole.intersect(self.patches)
+        target, source = _slices(part, self.patches), _slices(part, whole)
+        self.labels[target] = chunk.labels[source]
+        self.similarity[target] = chunk.similarity[source]
+
+
+@dataclass(frozen=True)
+class _WindowJob:
+    dataset: Dataset
+    index: ChunkIndex
+
+
+class LabelEngine:
+    """Computes and keeps the labels of one codebook on one device. Safe for threads.
+
+    Readers take windows from files, several through one opening; one thread owns the device and takes whatever
+    windows and chunks wait for it. Tokens stay on the device, so that neighbouring chunks share their windows.
+    """
+
+    def __init__(
+        self, codebook: Codebook, encoder: Encoder, store: LabelStore, *, read_threads: int, token_cache_bytes: int
+    ) -> None:
+        pre = codebook.manifest.preprocess
+        self.codebook = codebook
+        self.encoder = encoder
+        self.layout = ChunkLayout(pre.window_patches, pre.margin_patches, pre.stride_patches)
+        self._patch_px = codebook.manifest.encoder.patch_px
+        self._assigner = encoder.assigner(
+            codebook.centroids.astype(np.float32), codebook.manifest.assignment.metric, self.layout
+        )
+        self._store = store
+        self._device_name = f"{encoder.info.backend}/{encoder.info.provider}/{encoder.info.precision}"
+        self._lock = threading.RLock()
+        self._chunks: dict[ChunkKey, Future[ChunkLabels]] = {}
+        window_bytes = 3 * (pre.window_patches * self._patch_px) ** 2
+        self._pixels: LRUCache[Any, Future[WindowPixels]] = LRUCache(max(16, PIXEL_CACHE_BYTES // window_bytes))
+        self._tokens: LRUCache[Any, Future[TokenHandle]] = LRUCache(max(16, token_cache_bytes // encoder.token_bytes()))
+        self._read: Lane[_WindowJob, WindowPixels] = Lane(
+            self._read_batch, READ_BATCH, group_of=lambda job: job.dataset.key
+        )
+        self._encode: Lane[NDArray[np.uint8], TokenHandle] = Lane(self._encode_batch, encoder.batch_windows)
+        self._assign: Lane[Sequence[TokenHandle], ChunkLabels] = Lane(self._assign_batch, 4 * encoder.batch_windows)
+        self.windows_encoded = 0
+        self._reading = BatchQueue("geocentroids-read", read_threads)
+        self._device = BatchQueue("geocentroids-device", 1)
+        self.seconds_per_chunk = self._measure()
+
+    def close(self) -> None:
+        """Finish what is queued and end the threads."""
+        self._reading.close()
+        self._device.close()
+
+    def chunk(self, dataset: Dataset, index: ChunkIndex) -> Future[ChunkLabels]:
+        """Return the labels of one chunk: from memory, from whoever computes them already, or computed now."""
+        key = ChunkKey(*dataset.key, self.codebook.digest, self._device_name, *index)
+        with self._lock:
+            if (kept := self._store.get(key)) is not None:
+                return _done(kept)
+            if (running := self._chunks.get(key)) is not None:
+                return running
+            future: Future[ChunkLabels] = Future()
+            self._chunks[key] = future
+        future.add_done_callback(partial(self._finish, key))
+        own = self._window(dataset, index)
+        own.add_done_callback(_guard(future, partial(self._start_chunk, dataset, index, future)))
+        return future
+
+    def block(self, dataset: Dataset, patches: PatchRange) -> LabelBlock:
+        """Return the labels of a rectangle of patches, waiting for them."""
+        result = LabelBlock.empty(patches)
+        for index, future in self._ahead(dataset, patches):
+            result.paste(index, future.result())
+        return result
+
+    async def block_async(self, dataset: Dataset, patches: PatchRange) -> LabelBlock:
+        """Return the labels of a rectangle of patches without holding a thread."""
+        result = LabelBlock.empty(patches)
+        for index, future in self._ahead(dataset, patches):
+            result.paste(index, await asyncio.wrap_future(_follow(future)))
+        return result
+
+    def _ahead(self, dataset: Dataset, patches: PatchRange) -> Iterator[tuple[ChunkIndex, Future[ChunkLabels]]]:
+        """Yield the chunks of ``patches`` inside the dataset in order, asking for those to come in good time."""
+        waiting: deque[tuple[ChunkIndex, Future[ChunkLabels]]] = deque()
+        for index in patches.intersect(dataset.footprint).chunks(self.layout.stride_patches):
+            waiting.append((index, self.chunk(dataset, index)))
+            if len(waiting) >= CHUNKS_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _start_chunk(self, dataset: Dataset, index: ChunkIndex, future: Future[ChunkLabels], own: WindowPixels) -> None:
+        """With its own window read: finish a chunk without data, or ask for the tokens of all its windows."""
+        m, s = self.layout.margin_patches, self.layout.stride_patches
+        labelled = own.labelled[m : m + s, m : m + s]
+        if not labelled.any():
+            future.set_result(ChunkLabels.empty(s))
+            return
+        tokens = [
+            self._window_tokens(dataset, ChunkIndex(index.row + part.d_row, index.col + part.d_col))
+            for part in self.layout.parts
+        ]
+        _when_all(tokens, _guard_all(future, partial(self._assign_chunk, labelled, future)))
+
+    def _assign_chunk(
+        self, labelled: NDArray[np.bool_], future: Future[ChunkLabels], tokens: list[TokenHandle]
+    ) -> None:
+        def finish(chunk: ChunkLabels) -> None:
+            future.set_result(
+                ChunkLabels(
+                    np.where(labelled, chunk.labels, np.uint16(NODATA_LABEL)),
+                    np.where(labelled, chunk.similarity, np.float32(np.nan)),
+                )
+            )
+
+        self._device.submit(self._assign, tokens).add_done_callback(_guard(future, finish))
+
+    def _finish(self, key: ChunkKey, future: Future[ChunkLabels]) -> None:
+        with self._lock:
+            if future.exception() is None:
+                self._store.put(key, future.result())
+            del self._chunks[key]
+
+    def _window(self, dataset: Dataset, index: ChunkIndex) -> Future[WindowPixels]:
+        """Return the pixels of a window, read once for all that want them at about the same time."""
+        return self._shared(
+            self._pixels,
+            (dataset.key, index),
+            lambda: self._reading.submit(self._read, _WindowJob(dataset, index)),
+        )
+
+    def _window_tokens(self, dataset: Dataset, index: ChunkIndex) -> Future[TokenHandle]:
+        """Return the tokens of a window, encoded once for all that want them at about the same time."""
+
+        def start() -> Future[TokenHandle]:
+            tokens: Future[TokenHandle] = Future()
+
+            def encode(window: WindowPixels) -> None:
+                self._device.submit(self._encode, window.pixels).add_done_callback(_guard(tokens, tokens.set_result))
+
+            self._window(dataset, index).add_done_callback(_guard(tokens, encode))
+            return tokens
+
+        return self._shared(self._tokens, (dataset.key, index), start)
+
+    def _shared(self, cache: LRUCache[Any, Future[T]], key: Any, start: Callable[[], Future[T]]) -> Future[T]:
+        """Return the future kept under ``key``, or start one; one that failed is started again."""
+        with self._lock:
+            future = cache.get(key)
+            if future is None or (future.done() and future.exception() is not None):
+                future = cache[key] = start()
+            return future
+
+    def _read_batch(self, jobs: Sequence[_WindowJob]) -> list[WindowPixels]:
+        return read_windows(jobs[0].dataset, [job.index for job in jobs], self._patch_px)
+
+    def _encode_batch(self, windows: Sequence[NDArray[np.uint8]]) -> list[TokenHandle]:
+        self.windows_encoded += len(windows)
+        return self.encoder.encode(np.stack(windows))
+
+    def _assign_batch(self, chunks: Sequence[Sequence[TokenHandle]]) -> list[ChunkLabels]:
+        labels, similarity = self._assigner.assign(chunks)
+        return [ChunkLabels(*pair) for pair in zip(labels, similarity, strict=True)]
+
+    def _measure(self) -> float:
+        """Run the model as it will be run and return the seconds that a chunk takes when the device is busy."""
+        size = self.layout.window_patches * self._patch_px
+        windows = np.random.default_rng(0).integers(0, 255, (self.encoder.batch_windows, size, size, 3), np.uint8)
+        best = float("inf")
+        for _ in range(3):  # the first run allocates
+            start = time.perf_counter()
+            tokens = self.encoder.encode(windows)
+            self._assigner.assign([[handle] * len(self.layout.parts) for handle in tokens])
+            best = min(best, (time.perf_counter() - start) / len(windows))
+        return best
+
+
+def _slices(part: PatchRange, whole: PatchRange) -> tuple[slice, slice]:
+    return (
+        slice(part.row_start - whole.row_start, part.row_stop - whole.row_start),
+        slice(part.col_start - whole.col_start, part.col_stop - whole.col_start),
+    )
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
+
+
+def _follow(future: Future[T]) -> Future[T]:
+    """Return a future with the same outcome that one caller may cancel without taking the result from the others."""
+    copy: Future[T] = Future()
+
+    def forward(done: Future[T]) -> None:
+        if not copy.set_running_or_notify_cancel():
+            return
+        if (error := done.exception()) is not None:
+            copy.set_exception(error)
+        else:
+            copy.set_result(done.result())
+
+    future.add_done_callback(forward)
+    return copy
+
+
+def _guard(target: Future[Any], then: Callable[[T], None]) -> Callable[[Future[T]], None]:
+    """Return a callback that passes a result to ``then``, and any failure to ``target``."""
+
+    def callback(future: Future[T]) -> None:
+        try:
+            then(future.result())
+        except Exception as error:
+            target.set_exception(error)
+
+    return callback
+
+
+def _guard_all(target: Future[Any], then: Callable[[list[T]], None]) -> Callable[[list[Future[T]]], None]:
+    def callback(futures: list[Future[T]]) -> None:
+        try:
+            then([future.result() for future in futures])
+        except Exception as error:
+            target.set_exception(error)
+
+    return callback
+
+
+def _when_all(futures: Iterable[Future[T]], then: Callable[[list[Future[T]]], None]) -> None:
+    """Call ``then`` once, when the last of the futures is done."""
+    futures = list(futures)
+    left = len(futures)
+    lock = threading.Lock()
+
+    def count_down(_: Future[T]) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            last = left == 0
+        if last:
+            then(futures)
+
+    for future in futures:
+        future.add_done_callback(count_down)
