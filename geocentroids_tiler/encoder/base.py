@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,12 +31,44 @@ class DeviceInfo:
     provider: str
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderSource:
+    """Where an encoder comes from, and what it has to be.
+
+    Attributes:
+        onnx_path: an ONNX file as ``export_onnx`` writes it, or None.
+        model: a hub id or a local directory with ``config.json`` and safetensors weights, or None.
+        revision: commit, tag or branch of the hub id; None is the newest.
+        architecture: name for messages, for example ``dinov2_with_registers``.
+        dim: length D of a token.
+        patch_px: pixels a side of a patch.
+        register_tokens: register tokens of the model, which are dropped.
+        window_patches: patches a side of a window.
+        mean: mean of R, G, B that is subtracted from pixels in [0, 1].
+        std: what the difference is divided by.
+        sha256: hex digest of the file that is loaded, ``onnx_path`` or ``model.safetensors``; None skips
+            the check.
+        allow_download: whether the hub may be asked for what is not in its local cache.
+    """
+
+    onnx_path: Path | None
+    model: str | None
+    revision: str | None
+    architecture: str
+    dim: int
+    patch_px: int
+    register_tokens: int
+    window_patches: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    sha256: str | None
+    allow_download: bool
+
+
 class Assigner(Protocol):
     """Blends the tokens of overlapping windows and finds the nearest centroid, on the encoder's device."""
 
-    def assign(
-        self, chunks: Sequence[Sequence[TokenHandle]]
-    ) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+    def assign(self, chunks: Sequence[Sequence[TokenHandle]]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
         """Label chunks.
 
         Args:
@@ -154,4 +187,5 @@ class ChunkLayout:
         centre = np.arange(c) + 0.5
         tent = np.minimum(centre, c - centre).reshape(n, s)  # (n, s): share a of the core along one axis
         tent /= tent.sum(axis=0)
-        return (tent[:, None, :, None] * tent[None, :, None, :]).reshape(n * n, s, s).astype(np.float32)
+        weights: NDArray[np.float64] = tent[:, None, :, None] * tent[None, :, None, :]
+        return weights.reshape(n * n, s, s).astype(np.float32)

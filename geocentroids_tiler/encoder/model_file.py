@@ -1,0 +1,171 @@
+"""Reads an encoder's ONNX file and refuses what breaks the contract, before ONNX Runtime sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from geocentroids_tiler.errors import EncoderError
+
+CONTRACT = "input 'windows' uint8 (N, S, S, 3), output 'tokens' float32 (N, P, P, D), S a multiple of P"
+
+DOMAINS = ("", "ai.onnx", "com.microsoft")
+
+REFUSED_OPS = ("EPContext",)
+"""Operators that read further files: an EPContext node names a compiled engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What an encoder file says of itself.
+
+    Attributes:
+        window_px: pixels S a side of a window.
+        window_patches: patches P a side of a window.
+        dim: length D of a token.
+        batch_axis: name of the dynamic batch axis, empty where it has none.
+        fixed_batch: N where the file fixes it, else None.
+        metadata: the file's metadata properties.
+    """
+
+    window_px: int
+    window_patches: int
+    dim: int
+    batch_axis: str
+    fixed_batch: int | None
+    metadata: dict[str, str]
+
+    @property
+    def patch_px(self) -> int:
+        """Pixels a side of a patch."""
+        return self.window_px // self.window_patches
+
+
+def read_model(path: Path) -> tuple[bytes, ModelSpec]:
+    """Return the content of the ONNX file at ``path`` and what it promises.
+
+    Raises:
+        EncoderError: naming the file, what was found and what is allowed.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EncoderError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        model = onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's DecodeError is private to its implementation
+        raise EncoderError(f"{path}: is not an ONNX model") from error
+    if not model.graph.node:
+        raise EncoderError(f"{path}: is not an ONNX model")
+    _refuse_other_files(path, model)
+    return content, _spec(path, model)
+
+
+def _spec(path: Path, model: Any) -> ModelSpec:
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    found_in = [_describe(value) for value in inputs]
+    found_out = [_describe(value) for value in model.graph.output]
+    ok = (
+        len(inputs) == 1
+        and len(model.graph.output) == 1
+        and found_in[0][:2] == ("windows", TensorProto.UINT8)
+        and found_out[0][:2] == ("tokens", TensorProto.FLOAT)
+        and _shapes_fit(found_in[0][2], found_out[0][2])
+    )
+    if not ok:
+        found = f"input {_text(found_in)}, output {_text(found_out)}"
+        raise EncoderError(f"{path}: found {found}; allowed: {CONTRACT}")
+    (batch, side, _, _), (_, patches, _, dim) = found_in[0][2], found_out[0][2]
+    return ModelSpec(
+        window_px=int(side),
+        window_patches=int(patches),
+        dim=int(dim),
+        batch_axis=batch if isinstance(batch, str) else "",
+        fixed_batch=batch if isinstance(batch, int) else None,
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+    )
+
+
+def _shapes_fit(windows: tuple[int | str, ...], tokens: tuple[int | str, ...]) -> bool:
+    if len(windows) != 4 or len(tokens) != 4 or not all(isinstance(x, int) for x in windows[1:] + tokens[1:]):
+        return False
+    side, patches = int(windows[1]), int(tokens[1])
+    square = windows[1] == windows[2] and windows[3] == 3 and tokens[1] == tokens[2]
+    return square and min(side, patches, int(tokens[3])) > 0 and side % patches == 0 and windows[0] != 0
+
+
+def _describe(value: Any) -> tuple[str, int, tuple[int | str, ...]]:
+    """Return name, element type and shape; an axis is an int, or the (possibly empty) name of a dynamic one."""
+    tensor = value.type.tensor_type
+    shape = tuple(
+        dim.dim_value if dim.WhichOneof("value") == "dim_value" else dim.dim_param for dim in tensor.shape.dim
+    )
+    return value.name, tensor.elem_type, shape
+
+
+def _text(values: list[tuple[str, int, tuple[int | str, ...]]]) -> str:
+    return ", ".join(
+        f"{name!r} {TensorProto.DataType.Name(kind).lower()} ({', '.join(str(dim or '?') for dim in shape)})"
+        for name, kind, shape in values
+    )
+
+
+def _refuse_other_files(path: Path, model: Any) -> None:
+    """Refuse whatever would make ONNX Runtime open another file or load other code."""
+    for node in _nodes(model):
+        if node.domain not in DOMAINS or node.op_type in REFUSED_OPS:
+            raise EncoderError(
+                f"{path}: uses the operator {node.domain}::{node.op_type}, allowed: standard ONNX operators"
+            )
+    for tensor in _tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+            raise EncoderError(
+                f"{path}: keeps {tensor.name!r} in another file (ONNX external data), "
+                "allowed: one file that holds all weights"
+            )
+
+
+def _nodes(model: Any) -> Iterator[Any]:
+    for function in model.functions:
+        yield from _walk(function.node)
+    yield from _walk(model.graph.node)
+    for training in model.training_info:
+        yield from _walk(training.initialization.node)
+        yield from _walk(training.algorithm.node)
+
+
+def _walk(nodes: Any) -> Iterator[Any]:
+    for node in nodes:
+        yield node
+        for graph in _subgraphs(node):
+            yield from _walk(graph.node)
+
+
+def _subgraphs(node: Any) -> Iterator[Any]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _tensors(model: Any) -> Iterator[Any]:
+    graphs = [model.graph]
+    graphs += [graph for t in model.training_info for graph in (t.initialization, t.algorithm)]
+    for node in _nodes(model):
+        graphs += _subgraphs(node)
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            sparse = [attribute.sparse_tensor, *attribute.sparse_tensors]
+            yield from (tensor for item in sparse for tensor in (item.values, item.indices))
+    for graph in graphs:
+        yield from graph.initializer
+        for item in graph.sparse_initializer:
+            yield from (item.values, item.indices)
