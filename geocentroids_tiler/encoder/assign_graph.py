@@ -9,13 +9,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from geocentroids_tiler.encoder.base import ChunkLayout
-from geocentroids_tiler.encoder.checks import Metric, half_squared_norms, unit_rows
+from geocentroids_tiler.encoder.checks import Metric
+from geocentroids_tiler.encoder.table import TINY, CentroidTable
 
 OPSET = 17
 IR_VERSION = 8
-
-TINY = 1e-30
-"""Least length a token is divided by, so that a zero token has similarity 0 and no NaN."""
 
 
 class _Graph:
@@ -53,39 +51,39 @@ def split_graph(batch: int) -> bytes:
 
 
 def assign_graph(
-    centroids: NDArray[np.float32], metric: Metric, layout: ChunkLayout, *, chunks: int, explicit_ties: bool
+    table: CentroidTable, metric: Metric, layout: ChunkLayout, *, chunks: int, explicit_ties: bool
 ) -> bytes:
     """Return a model that labels a fixed number of chunks.
 
     Inputs are ``tokens_{c}_{p}`` of shape (1, P, P, D): the tokens of part p of chunk c. Outputs are
-    ``labels`` uint16 and ``similarity`` float32, both of shape (chunks, s, s).
+    ``labels`` uint16 (rows of the table) and ``similarity`` float32, both of shape (chunks, s, s).
 
     Args:
-        centroids: array of shape (K, D).
+        table: the centroids.
         metric: ``inner_product``, ``cosine`` or ``l2``.
         layout: how windows cover a chunk.
         chunks: chunks of one run.
         explicit_ties: find the lowest index of the best score by comparing, for providers whose ArgMax may
             return any of several equals.
     """
-    K, D = centroids.shape
+    R, D = table.rows.shape
     s, P = layout.stride_patches, layout.window_patches
     graph = _Graph()
-    rows = _blended_rows(graph, layout, chunks, D)  # (chunks * s * s, D)
+    tokens = _blended_rows(graph, layout, chunks, D)  # (chunks * s * s, D)
     if metric == "cosine":
-        rows = _unit(graph, rows)
-    table = graph.constant("centroids", unit_rows(centroids) if metric == "cosine" else centroids)
-    operands = [rows, table]
-    if metric == "l2":
-        operands.append(graph.constant("bias", -half_squared_norms(centroids)))
-    scores = graph.add("Gemm", *operands, transB=1)  # (rows, K)
-    best = graph.add("ReduceMax", scores, axes=[1], keepdims=1)  # (rows, 1)
+        tokens = _unit(graph, tokens)
+    centroids = graph.constant("centroids", table.rows)
+    operands = [tokens, centroids]
+    if table.bias is not None:
+        operands.append(graph.constant("bias", table.bias))
+    scores = graph.add("Gemm", *operands, transB=1)  # (tokens, R)
+    best = graph.add("ReduceMax", scores, axes=[1], keepdims=1)  # (tokens, 1)
     if explicit_ties:
-        index = _lowest_index(graph, scores, best, K)
+        index = _lowest_index(graph, scores, best, R)
     else:
         index = graph.add("ArgMax", scores, axis=1, keepdims=0, select_last_index=0)
     if metric == "l2":
-        best = _minus_distance(graph, rows, table, index)
+        best = _minus_distance(graph, tokens, centroids, index)
     elif metric == "cosine":
         bounds = [graph.constant(name, np.array(x, np.float32)) for name, x in (("low", -1), ("high", 1))]
         best = graph.add("Clip", best, *bounds)
@@ -129,20 +127,20 @@ def _blended_rows(graph: _Graph, layout: ChunkLayout, chunks: int, dim: int) -> 
     return graph.add("Reshape", joined, graph.constant("rows", np.array([-1, dim], np.int64)))
 
 
-def _unit(graph: _Graph, rows: str) -> str:
-    length = graph.add("ReduceL2", rows, axes=[1], keepdims=1)
+def _unit(graph: _Graph, tokens: str) -> str:
+    length = graph.add("ReduceL2", tokens, axes=[1], keepdims=1)
     least = graph.constant("tiny", np.array([TINY], np.float32))
-    return graph.add("Div", rows, graph.add("Max", length, least))
+    return graph.add("Div", tokens, graph.add("Max", length, least))
 
 
 def _lowest_index(graph: _Graph, scores: str, best: str, count: int) -> str:
     hit = graph.add("Equal", scores, best)
-    numbers = graph.constant("numbers", np.arange(count, dtype=np.int32)[None])  # (1, K)
+    numbers = graph.constant("numbers", np.arange(count, dtype=np.int32)[None])  # (1, R)
     beyond = graph.constant("beyond", np.array([[count - 1]], np.int32))
     return graph.add("ReduceMin", graph.add("Where", hit, numbers, beyond), axes=[1], keepdims=0)
 
 
-def _minus_distance(graph: _Graph, rows: str, table: str, index: str) -> str:
+def _minus_distance(graph: _Graph, tokens: str, centroids: str, index: str) -> str:
     """Return -|t - c| of the winner from the difference itself: the expansion cancels near 0."""
-    difference = graph.add("Sub", rows, graph.add("Gather", table, index, axis=0))
+    difference = graph.add("Sub", tokens, graph.add("Gather", centroids, index, axis=0))
     return graph.add("Neg", graph.add("ReduceL2", difference, axes=[1], keepdims=1))

@@ -20,12 +20,6 @@ METRICS: tuple[Metric, ...] = ("inner_product", "cosine", "l2")
 MAX_CENTROIDS = 65535
 """Labels are uint16, and 65535 says "no data"."""
 
-ROWS_PER_RUN = 2048
-"""Patches assigned in one run of a GPU: enough to fill it, few enough that (rows, K) scores stay near 50 MB."""
-
-MAX_CHUNKS_PER_RUN = 32
-"""Keeps the number of bound tensors, and what padding wastes, small."""
-
 
 def check_windows(windows: NDArray[np.uint8], window_px: int) -> None:
     """Raise EncoderError unless ``windows`` is uint8 of shape (N, window_px, window_px, 3)."""
@@ -95,22 +89,3 @@ def check_sha256(path: Path, expected: str | None) -> None:
         raise EncoderError(f"{path}: cannot be read: {error.strerror}") from error
     if found != expected.lower():
         raise EncoderError(f"{path}: SHA-256 is {found}, expected {expected}")
-
-
-def chunks_per_run(stride_patches: int) -> int:
-    """Return how many chunks of ``stride_patches`` a side a GPU labels in one (padded) run."""
-    return min(MAX_CHUNKS_PER_RUN, max(1, ROWS_PER_RUN // stride_patches**2))
-
-
-def unit_rows(centroids: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return rows of shape (K, D) scaled to length 1; a zero row stays zero."""
-    rows = centroids.astype(np.float64)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: NDArray[np.float64] = rows / np.where(length > 0, length, 1.0)
-    return unit.astype(np.float32)
-
-
-def half_squared_norms(centroids: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return |c|^2 / 2 of shape (K,): argmin |t - c| = argmax t.c - |c|^2 / 2."""
-    squares: NDArray[np.float64] = np.square(centroids.astype(np.float64)).sum(axis=1)
-    return (0.5 * squares).astype(np.float32)

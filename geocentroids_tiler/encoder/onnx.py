@@ -21,9 +21,9 @@ from geocentroids_tiler.encoder.checks import (
     check_metric,
     check_sha256,
     check_windows,
-    chunks_per_run,
 )
 from geocentroids_tiler.encoder.model_file import read_model
+from geocentroids_tiler.encoder.table import centroid_table, chunks_per_run
 from geocentroids_tiler.errors import EncoderError
 
 PROVIDERS = {
@@ -155,13 +155,11 @@ class OnnxEncoder:
         gpu = self._device == "cuda"
         chunks = chunks_per_run(layout.stride_patches) if gpu else 1
         # ArgMax is documented to return the first of equals on the CPU only.
-        graph = assign_graph(rows, known, layout, chunks=chunks, explicit_ties=not self._on_cpu)
+        table = centroid_table(rows, known)
+        explicit_ties = self._provider != PROVIDERS["cpu"]
+        graph = assign_graph(table, known, layout, chunks=chunks, explicit_ties=explicit_ties)
         session = self._open(graph, self._provider, None, "assignment graph")
-        return OnnxAssigner(session, layout, chunks)
-
-    @property
-    def _on_cpu(self) -> bool:
-        return self._provider == "CPUExecutionProvider"
+        return OnnxAssigner(session, table.labels, layout, chunks)
 
     def _open(self, content: bytes, provider: str, batch: int | None, name: str) -> Any:
         options = ort.SessionOptions()
@@ -189,9 +187,10 @@ class OnnxEncoder:
 class OnnxAssigner:
     """Labels chunks in runs of a fixed number of them."""
 
-    def __init__(self, session: Any, layout: ChunkLayout, chunks: int) -> None:
-        """Wrap the session of an ``assign_graph`` with ``chunks`` chunks a run."""
+    def __init__(self, session: Any, row_labels: NDArray[np.uint16], layout: ChunkLayout, chunks: int) -> None:
+        """Wrap the session of an ``assign_graph`` with ``chunks`` chunks a run and its table's labels."""
         self._session = session
+        self._row_labels = row_labels
         self._parts = len(layout.parts)
         self._stride = layout.stride_patches
         self._chunks = chunks
@@ -210,7 +209,7 @@ class OnnxAssigner:
             padded = group + [group[-1]] * (self._chunks - len(group))
             inputs = {f"tokens_{c}_{p}": handle for c, chunk in enumerate(padded) for p, handle in enumerate(chunk)}
             outputs = _run(self._session, inputs, {"labels": "cpu", "similarity": "cpu"})
-            labels[start : start + len(group)] = outputs[0].numpy()[: len(group)]
+            labels[start : start + len(group)] = self._row_labels[outputs[0].numpy()[: len(group)]]
             similarity[start : start + len(group)] = outputs[1].numpy()[: len(group)]
         return labels, similarity
 

@@ -19,18 +19,13 @@ from geocentroids_tiler.encoder.checks import (
     check_layout,
     check_metric,
     check_windows,
-    chunks_per_run,
-    half_squared_norms,
-    unit_rows,
 )
+from geocentroids_tiler.encoder.table import TINY, CentroidTable, centroid_table, chunks_per_run
 from geocentroids_tiler.errors import EncoderError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 GPU_BATCH_WINDOWS = 32
-
-TINY = 1e-30
-"""Least length a token is divided by, so that a zero token has similarity 0 and no NaN."""
 
 
 class TorchEncoder:
@@ -151,19 +146,17 @@ class TorchEncoder:
         known = check_metric(metric)
         rows = check_centroids(centroids, self._dim)
         check_layout(layout, self._window_patches)
-        return TorchAssigner(rows, known, layout, self._device)
+        return TorchAssigner(centroid_table(rows, known), known, layout, self._device)
 
 
 class TorchAssigner:
     """Labels chunks in runs of a fixed number of them, in float32."""
 
-    def __init__(
-        self, centroids: NDArray[np.float32], metric: Metric, layout: ChunkLayout, device: torch.device
-    ) -> None:
-        """Place checked centroids of shape (K, D) and the blending weights on the device."""
-        table = unit_rows(centroids) if metric == "cosine" else centroids.copy()
-        self._table = torch.from_numpy(table).to(device)  # (K, D)
-        self._bias = torch.from_numpy(-half_squared_norms(centroids)).to(device) if metric == "l2" else None
+    def __init__(self, table: CentroidTable, metric: Metric, layout: ChunkLayout, device: torch.device) -> None:
+        """Place the centroids and the blending weights on the device."""
+        self._rows = torch.from_numpy(table.rows).to(device)  # (R, D)
+        self._bias = None if table.bias is None else torch.from_numpy(table.bias).to(device)
+        self._row_labels = table.labels
         self._weights = torch.from_numpy(layout.weights()).to(device)[..., None]  # (parts, s, s, 1)
         self._metric = metric
         self._parts = layout.parts
@@ -187,7 +180,7 @@ class TorchAssigner:
             with _exact_products():
                 index, value = self._nearest(self._blend(padded).flatten(0, 2))
             stop = start + len(group)
-            labels[start:stop] = index.cpu().numpy().reshape(-1, s, s)[: len(group)]
+            labels[start:stop] = self._row_labels[index.cpu().numpy()].reshape(-1, s, s)[: len(group)]
             similarity[start:stop] = value.cpu().numpy().reshape(-1, s, s)[: len(group)]
         return labels, similarity
 
@@ -206,16 +199,16 @@ class TorchAssigner:
         return total
 
     def _nearest(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the index of the nearest centroid and the similarity of tokens (R, D), both of shape (R,)."""
+        """Return the row of the nearest centroid and the similarity of tokens (T, D), both of shape (T,)."""
         if self._metric == "cosine":
             length = torch.linalg.vector_norm(tokens, dim=1, keepdim=True)
             tokens = tokens / length.clamp_min(TINY)
-        scores = tokens @ self._table.T  # (R, K)
+        scores = tokens @ self._rows.T  # (T, R)
         if self._bias is not None:
             scores += self._bias
         index = scores.argmax(dim=1)  # documented: the first of equals
         if self._metric == "l2":  # from the difference itself: the expansion cancels near 0
-            return index, -torch.linalg.vector_norm(tokens - self._table[index], dim=1)
+            return index, -torch.linalg.vector_norm(tokens - self._rows[index], dim=1)
         best = scores.gather(1, index[:, None])[:, 0]
         return index, best.clamp(-1, 1) if self._metric == "cosine" else best
 
