@@ -29,6 +29,10 @@ class Settings(BaseSettings):
         default=None, description="folder whose files may be opened by relative path; none: no local files"
     )
 
+    demo_url: str | None = Field(
+        default=None, max_length=4096, description="image that the viewer opens with when it is given none"
+    )
+
     backend: Literal["auto", "onnx", "torch"] = Field(default="auto", description="what runs the encoder")
     provider: str = Field(default="auto", description="ONNX Runtime execution provider, for example CUDA or CPU")
     device: str = Field(default="auto", description="torch device, for example cuda:0 or cpu")
@@ -55,6 +59,9 @@ class Settings(BaseSettings):
     )
     max_chunks: int = Field(
         default=20_000, ge=1, le=10_000_000, description="chunks that one export or statistics request may need"
+    )
+    cors_origins: list[str] = Field(
+        default=["*"], description="web origins whose pages may use this server, as a JSON list"
     )
     cache_control: str = Field(
         default="public, max-age=3600", description="Cache-Control header of tiles and other answers"

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.encoder.base import ChunkLayout, Encoder, TokenHandle
 from geocentroids_tiler.grid import ChunkIndex, PatchRange
 from geocentroids_tiler.labels.batching import BatchQueue, Lane
+from geocentroids_tiler.labels.futures import done, follow, guard, guard_all, when_all
 from geocentroids_tiler.labels.store import ChunkKey, ChunkLabels, LabelStore
 from geocentroids_tiler.source import Dataset, WindowPixels, read_windows
 
@@ -87,7 +88,7 @@ class LabelEngine:
             codebook.centroids.astype(np.float32), codebook.manifest.assignment.metric, self.layout
         )
         self._store = store
-        self._device_name = f"{encoder.info.backend}/{encoder.info.provider}/{encoder.info.precision}"
+        self.device_name = f"{encoder.info.backend}/{encoder.info.provider}/{encoder.info.precision}"
         self._lock = threading.RLock()
         self._chunks: dict[ChunkKey, Future[ChunkLabels]] = {}
         window_bytes = 3 * (pre.window_patches * self._patch_px) ** 2
@@ -103,6 +104,16 @@ class LabelEngine:
         self._device = BatchQueue("geocentroids-device", 1)
         self.seconds_per_chunk = self._measure()
 
+    @property
+    def windows_to_read(self) -> int:
+        """Windows that wait to be read."""
+        return len(self._reading)
+
+    @property
+    def device_queue(self) -> int:
+        """Windows and chunks that wait for the device."""
+        return len(self._device)
+
     def close(self) -> None:
         """Finish what is queued and end the threads."""
         self._reading.close()
@@ -110,17 +121,17 @@ class LabelEngine:
 
     def chunk(self, dataset: Dataset, index: ChunkIndex) -> Future[ChunkLabels]:
         """Return the labels of one chunk: from memory, from whoever computes them already, or computed now."""
-        key = ChunkKey(*dataset.key, self.codebook.digest, self._device_name, *index)
+        key = ChunkKey(*dataset.key, self.codebook.digest, self.device_name, *index)
         with self._lock:
             if (kept := self._store.get(key)) is not None:
-                return _done(kept)
+                return done(kept)
             if (running := self._chunks.get(key)) is not None:
                 return running
             future: Future[ChunkLabels] = Future()
             self._chunks[key] = future
         future.add_done_callback(partial(self._finish, key))
         own = self._window(dataset, index)
-        own.add_done_callback(_guard(future, partial(self._start_chunk, dataset, index, future)))
+        own.add_done_callback(guard(future, partial(self._start_chunk, dataset, index, future)))
         return future
 
     def block(self, dataset: Dataset, patches: PatchRange) -> LabelBlock:
@@ -134,7 +145,7 @@ class LabelEngine:
         """Return the labels of a rectangle of patches without holding a thread."""
         result = LabelBlock.empty(patches)
         for index, future in self._ahead(dataset, patches):
-            result.paste(index, await asyncio.wrap_future(_follow(future)))
+            result.paste(index, await asyncio.wrap_future(follow(future)))
         return result
 
     def _ahead(self, dataset: Dataset, patches: PatchRange) -> Iterator[tuple[ChunkIndex, Future[ChunkLabels]]]:
@@ -157,7 +168,7 @@ class LabelEngine:
             self._window_tokens(dataset, ChunkIndex(index.row + part.d_row, index.col + part.d_col))
             for part in self.layout.parts
         ]
-        _when_all(tokens, _guard_all(future, partial(self._assign_chunk, labelled, future)))
+        when_all(tokens, guard_all(future, partial(self._assign_chunk, labelled, future)))
 
     def _assign_chunk(
         self, labelled: NDArray[np.bool_], future: Future[ChunkLabels], tokens: list[TokenHandle]
@@ -170,7 +181,7 @@ class LabelEngine:
                 )
             )
 
-        self._device.submit(self._assign, tokens).add_done_callback(_guard(future, finish))
+        self._device.submit(self._assign, tokens).add_done_callback(guard(future, finish))
 
     def _finish(self, key: ChunkKey, future: Future[ChunkLabels]) -> None:
         with self._lock:
@@ -193,9 +204,9 @@ class LabelEngine:
             tokens: Future[TokenHandle] = Future()
 
             def encode(window: WindowPixels) -> None:
-                self._device.submit(self._encode, window.pixels).add_done_callback(_guard(tokens, tokens.set_result))
+                self._device.submit(self._encode, window.pixels).add_done_callback(guard(tokens, tokens.set_result))
 
-            self._window(dataset, index).add_done_callback(_guard(tokens, encode))
+            self._window(dataset, index).add_done_callback(guard(tokens, encode))
             return tokens
 
         return self._shared(self._tokens, (dataset.key, index), start)
@@ -237,65 +248,3 @@ def _slices(part: PatchRange, whole: PatchRange) -> tuple[slice, slice]:
         slice(part.row_start - whole.row_start, part.row_stop - whole.row_start),
         slice(part.col_start - whole.col_start, part.col_stop - whole.col_start),
     )
-
-
-def _done(value: T) -> Future[T]:
-    future: Future[T] = Future()
-    future.set_result(value)
-    return future
-
-
-def _follow(future: Future[T]) -> Future[T]:
-    """Return a future with the same outcome that one caller may cancel without taking the result from the others."""
-    copy: Future[T] = Future()
-
-    def forward(done: Future[T]) -> None:
-        if not copy.set_running_or_notify_cancel():
-            return
-        if (error := done.exception()) is not None:
-            copy.set_exception(error)
-        else:
-            copy.set_result(done.result())
-
-    future.add_done_callback(forward)
-    return copy
-
-
-def _guard(target: Future[Any], then: Callable[[T], None]) -> Callable[[Future[T]], None]:
-    """Return a callback that passes a result to ``then``, and any failure to ``target``."""
-
-    def callback(future: Future[T]) -> None:
-        try:
-            then(future.result())
-        except Exception as error:
-            target.set_exception(error)
-
-    return callback
-
-
-def _guard_all(target: Future[Any], then: Callable[[list[T]], None]) -> Callable[[list[Future[T]]], None]:
-    def callback(futures: list[Future[T]]) -> None:
-        try:
-            then([future.result() for future in futures])
-        except Exception as error:
-            target.set_exception(error)
-
-    return callback
-
-
-def _when_all(futures: Iterable[Future[T]], then: Callable[[list[Future[T]]], None]) -> None:
-    """Call ``then`` once, when the last of the futures is done."""
-    futures = list(futures)
-    left = len(futures)
-    lock = threading.Lock()
-
-    def count_down(_: Future[T]) -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            last = left == 0
-        if last:
-            then(futures)
-
-    for future in futures:
-        future.add_done_callback(count_down)

@@ -150,11 +150,12 @@ def source_identity(source: Source, timeout_s: float) -> str:
     return "-".join([headers.get("etag", ""), headers.get("last-modified", ""), length])
 
 
-def open_dataset(source: Source, options: ReadOptions, codebook: Codebook, timeout_s: float) -> Dataset:
+def open_dataset(source: Source, identity: str, options: ReadOptions, codebook: Codebook, timeout_s: float) -> Dataset:
     """Read an image's header (and a small overview where validity needs it) and place it on the ground.
 
     Args:
         source: where it is, as allowed by the policy.
+        identity: of its content, from ``source_identity``.
         options: how bands become RGB.
         codebook: sets gsd, resampling and the size of patches.
         timeout_s: longest wait for an answer of the source.
@@ -163,7 +164,6 @@ def open_dataset(source: Source, options: ReadOptions, codebook: Codebook, timeo
         SourceUnavailableError: if it is missing, forbidden or not a GeoTIFF.
         UnsupportedImageError: if it is not an image that the codebook can classify.
     """
-    identity = source_identity(source, timeout_s)
     preprocess = codebook.manifest.preprocess
     with open_raster(source, identity, None, timeout_s) as raster:
         crs = _crs_of(raster)

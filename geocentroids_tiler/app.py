@@ -1,0 +1,168 @@
+"""The application that ``geocentroids serve`` runs: TiTiler's COG routes, ours beside them, the viewer, and health."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+import attrs
+from fastapi import APIRouter, FastAPI, Path
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
+from rio_tiler.io import Reader
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from titiler.core.errors import DEFAULT_STATUS_CODES, add_exception_handlers
+from titiler.core.factory import TilerFactory, TMSFactory
+
+from geocentroids_tiler import __version__
+from geocentroids_tiler.errors import GeocentroidsError, http_status
+from geocentroids_tiler.handlers import NoStoreRoute, run
+from geocentroids_tiler.hub import list_codebooks
+from geocentroids_tiler.labels.service import Service
+from geocentroids_tiler.metrics import exposition
+from geocentroids_tiler.params import path_param
+from geocentroids_tiler.responses import CodebookInfo, codebook_info
+from geocentroids_tiler.settings import Settings
+from geocentroids_tiler.source import open_raster, resolve_source
+from geocentroids_tiler.tiler import GeocentroidsExtension
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the application.
+
+    Args:
+        settings: what the operator chose; read from the environment if not given.
+    """
+    settings = settings or Settings()
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.engine(service.codebook(None))  # loads in the background; /readyz tells when it is done
+        yield
+        service.close()
+
+    app = FastAPI(title="geocentroids-tiler", version=__version__, lifespan=lifespan)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "POST", "OPTIONS"],
+        allow_headers=["*"],
+        expose_headers=["ETag", "X-Geocentroids-Empty"],
+    )
+    extension = GeocentroidsExtension(settings=settings, service=service)
+    cog = TilerFactory(
+        router_prefix="/cog",
+        path_dependency=path_param,
+        reader=_policy_reader(service),
+        extensions=[extension],
+    )
+    app.include_router(cog.router, prefix="/cog", tags=["COG"])
+    app.include_router(TMSFactory().router, tags=["TileMatrixSets"])
+    app.include_router(_codebooks_router(service), prefix="/geocentroids", tags=["Codebooks"])
+    app.include_router(_health_router(service), tags=["Health"])
+    factory = extension.factory
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def home(request: Request, url: str | None = None, codebook: str | None = None) -> HTMLResponse:
+        """Return the viewer."""
+        return factory.viewer_page(request, "WebMercatorQuad", url, codebook)
+
+    add_exception_handlers(app, DEFAULT_STATUS_CODES)
+    app.add_exception_handler(GeocentroidsError, _answer_error)
+    return app
+
+
+class CodebookEntry(BaseModel):
+    """A codebook that is installed, or known and not installed."""
+
+    name: str
+    title: str | None = None
+    version: str | None = None
+    classes: int | None = None
+    installed: bool
+    default: bool
+    error: str | None = None
+
+
+class CodebookList(BaseModel):
+    """Codebooks of this server."""
+
+    codebooks: list[CodebookEntry]
+
+
+def _codebooks_router(service: Service) -> APIRouter:
+    router = APIRouter(route_class=NoStoreRoute)
+
+    @router.get("/codebooks")
+    async def codebooks() -> CodebookList:
+        """List the codebooks that are installed."""
+        found = await run(service.working, list_codebooks, service.settings.codebooks_dir)
+        return CodebookList(
+            codebooks=[
+                CodebookEntry(
+                    name=entry.name,
+                    title=entry.title,
+                    version=entry.version,
+                    classes=entry.classes,
+                    installed=entry.path is not None,
+                    default=entry.name == service.settings.codebook,
+                    error=entry.error,
+                )
+                for entry in found
+            ]
+        )
+
+    @router.get("/codebooks/{name}")
+    async def codebook(name: Annotated[str, Path(max_length=64)]) -> CodebookInfo:
+        """Describe one codebook."""
+        return codebook_info(await run(service.working, service.codebook, name))
+
+    return router
+
+
+def _health_router(service: Service) -> APIRouter:
+    router = APIRouter()
+    headers = {"Cache-Control": "no-store"}
+
+    @router.get("/healthz")
+    async def healthz() -> JSONResponse:
+        """Answer as long as the process lives."""
+        return JSONResponse({"status": "ok"}, headers=headers)
+
+    @router.get("/readyz", responses={503: {"description": "The default codebook's encoder is not loaded yet."}})
+    async def readyz() -> JSONResponse:
+        """Answer 200 once the default codebook's encoder has run."""
+        try:
+            ready = service.loaded(await run(service.working, service.codebook, None))
+            reason = "the encoder is loading"
+        except GeocentroidsError as error:
+            ready, reason = False, str(error)
+        body = {"status": "ok"} if ready else {"status": "not ready", "detail": reason}
+        return JSONResponse(body, 200 if ready else 503, headers=headers)
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Return Prometheus metrics."""
+        return Response(exposition(service), media_type="text/plain; version=0.0.4; charset=utf-8", headers=headers)
+
+    return router
+
+
+def _policy_reader(service: Service) -> type[Reader]:
+    """Return a rio-tiler reader that opens what our policy allows, as our own routes do."""
+
+    @attrs.define(slots=False)
+    class PolicyReader(Reader):
+        def __attrs_post_init__(self) -> None:
+            source = resolve_source(self.input or "", service.settings.root)
+            raster = open_raster(source, service.identity(source), None, service.settings.source_timeout_s)
+            self.dataset = self._ctx_stack.enter_context(raster)
+            super().__attrs_post_init__()  # type: ignore[no-untyped-call]
+
+    return PolicyReader
+
+
+async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+    status = http_status(error) if isinstance(error, GeocentroidsError) else 500
+    return JSONResponse({"detail": str(error)}, status, headers={"Cache-Control": "no-store"})

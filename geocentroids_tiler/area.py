@@ -1,0 +1,134 @@
+"""Areas that users draw: which patches have their centre inside a box or a polygon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+from pyproj import CRS
+from shapely.errors import GEOSException
+from shapely.geometry import shape
+
+from geocentroids_tiler.errors import InputError, UnsupportedImageError
+from geocentroids_tiler.grid import WGS84, Bounds, Grid, PatchRange, outline, raster_points
+
+_POLYGONS = ("Polygon", "MultiPolygon")
+_PLACE_TOLERANCE = 0.001
+"""Patch centres are placed in the area's CRS to this share of a patch."""
+
+
+@dataclass(frozen=True)
+class Area:
+    """Patches of an area.
+
+    Attributes:
+        patches: the smallest rectangle of patches known to hold the area's part inside the image.
+        inside: which of them have their centre in the area, of shape ``patches.shape``.
+    """
+
+    patches: PatchRange
+    inside: NDArray[np.bool_]
+
+    @property
+    def empty(self) -> bool:
+        """True if no patch has its centre in the area."""
+        return not self.inside.any()
+
+
+def area_of_bbox(bbox: Bounds, crs: CRS, grid: Grid, footprint: PatchRange) -> Area:
+    """Find the patches of a box; edges at the left and the bottom belong to it, the others do not.
+
+    Args:
+        bbox: minx, miny, maxx, maxy in ``crs``.
+        crs: CRS of the box, x (longitude) first.
+        grid: the ground grid.
+        footprint: patches of the image.
+
+    Raises:
+        InputError: if the box is not finite, empty or turned around.
+    """
+    minx, miny, maxx, maxy = bbox
+    if not np.isfinite(bbox).all() or minx >= maxx or miny >= maxy:
+        raise InputError(
+            f"bbox {minx},{miny},{maxx},{maxy} is not minx,miny,maxx,maxy with minx < maxx and miny < maxy; "
+            "split a box that crosses the antimeridian in two"
+        )
+
+    def inside(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return np.asarray((x >= minx) & (x < maxx) & (y >= miny) & (y < maxy))
+
+    return _select(bbox, crs, grid, footprint, inside)
+
+
+def area_of_geometry(geometry: Mapping[str, Any], grid: Grid, footprint: PatchRange) -> Area:
+    """Find the patches of a GeoJSON polygon.
+
+    Args:
+        geometry: a Polygon or MultiPolygon in longitude and latitude.
+        grid: the ground grid.
+        footprint: patches of the image.
+
+    Raises:
+        InputError: if it is another kind of geometry or not a valid polygon.
+    """
+    kind = geometry.get("type")
+    if kind not in _POLYGONS:
+        raise InputError(f"geometry is a {kind}; accepted: {' and '.join(_POLYGONS)}")
+    try:
+        polygon = shape(dict(geometry))
+    except (GEOSException, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"geometry is not a readable {kind}: {error}") from error
+    if polygon.is_empty or not polygon.is_valid:
+        reason = "it is empty" if polygon.is_empty else shapely.is_valid_reason(polygon)
+        raise InputError(f"geometry is not a valid {kind}: {reason}")
+    shapely.prepare(polygon)
+
+    def inside(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return np.asarray(shapely.contains_xy(polygon, x, y))
+
+    return _select(polygon.bounds, WGS84, grid, footprint, inside)
+
+
+def _select(
+    bounds: Bounds,
+    crs: CRS,
+    grid: Grid,
+    footprint: PatchRange,
+    inside: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]],
+) -> Area:
+    patches = _candidates(bounds, crs, grid, footprint)
+    if patches.empty:
+        return Area(PatchRange(0, 0, 0, 0), np.zeros((0, 0), bool))
+    tolerance = grid.patch_m * _PLACE_TOLERANCE
+    if crs.is_geographic:
+        tolerance /= 111_320  # metres per degree, at most
+    x, y = raster_points(grid.bounds_of(patches), grid.crs, patches.shape, crs, tolerance)
+    mask = inside(x, y)
+    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return Area(PatchRange(0, 0, 0, 0), np.zeros((0, 0), bool))
+    tight = PatchRange(
+        patches.row_start + int(rows[0]),
+        patches.row_start + int(rows[-1]) + 1,
+        patches.col_start + int(cols[0]),
+        patches.col_start + int(cols[-1]) + 1,
+    )
+    return Area(tight, mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1])
+
+
+def _candidates(bounds: Bounds, crs: CRS, grid: Grid, footprint: PatchRange) -> PatchRange:
+    """Return patches that are sure to hold the part of ``bounds`` inside ``footprint``; more is harmless."""
+    left, bottom, right, top = bounds
+    try:
+        edge = outline(crs, (right - left, 0, left, 0, bottom - top, top), 1, 1, grid.crs)
+    except UnsupportedImageError:
+        return footprint
+    if len(edge) < 4 * 33:  # part of it is beyond the grid's CRS, so its outline there says little
+        return footprint
+    (west, south), (east, north) = edge.min(axis=0), edge.max(axis=0)
+    slack = 0.02 * max(east - west, north - south) + 2 * grid.patch_m  # edges bend between the points of the outline
+    return grid.patches_touching((west - slack, south - slack, east + slack, north + slack)).intersect(footprint)

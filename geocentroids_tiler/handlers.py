@@ -1,0 +1,189 @@
+"""What the routes share: from parameters to codebooks, datasets and engines, and from areas to answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from typing import Any, Literal, Self, TypeVar
+
+import numpy as np
+from fastapi import HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from morecantile import TileMatrixSet
+from starlette.requests import Request
+
+from geocentroids_tiler.area import Area, area_of_geometry
+from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
+from geocentroids_tiler.errors import GeocentroidsError, InputError, http_status
+from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
+from geocentroids_tiler.labels.export import label_geotiff
+from geocentroids_tiler.labels.futures import follow
+from geocentroids_tiler.labels.service import Service
+from geocentroids_tiler.params import ReadParams, StyleParams
+from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat, encode_indexed, palette_index, transparent_tile
+from geocentroids_tiler.responses import area_statistics, with_statistics
+from geocentroids_tiler.source import Dataset
+from geocentroids_tiler.tiles import zoom_range
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RasterFormat = Literal["tif", "png"]
+REASON_HEADER = "X-Geocentroids-Empty"
+"""Says why a tile is transparent: ``outside`` the image, or ``below-minzoom N``."""
+EMPTY_CACHE_CONTROL = "public, max-age=60"
+"""A tile below minzoom may hold data soon, on a faster device or after a restart."""
+
+
+class NoStoreRoute(APIRoute):
+    """A route whose errors are JSON, with the status of the error table, and are never cached."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        """Wrap the route's handler."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                response: Response = await handler(request)
+            except GeocentroidsError as error:
+                status = http_status(error)
+                if status >= 500:
+                    logger.error("%s answered with %d", request.url.path, status, exc_info=error)
+                return _error(str(error), status)
+            except HTTPException as error:
+                return _error(error.detail, error.status_code)
+            except RequestValidationError as error:
+                problems = [f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in error.errors()]
+                return _error("; ".join(problems), 422)
+            return response
+
+        return handle
+
+
+class ZoomsReader:
+    """What TiTiler's WMTS extension asks of a reader: bounds and zoom levels."""
+
+    def __init__(self, service: Service, url: str, tms: TileMatrixSet | None = None, **params: Any) -> None:
+        read = ReadParams(**params)
+        codebook = service.codebook(read.codebook)
+        self._dataset = service.dataset(url, read.options, codebook).result()
+        if tms is not None:
+            engine = service.engine(codebook).result()
+            budget_s = service.settings.tile_budget_s
+            self.minzoom, self.maxzoom = zoom_range(tms, self._dataset, engine.seconds_per_chunk, budget_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def get_geographic_bounds(self, crs: Any) -> tuple[float, float, float, float]:
+        """Return west, south, east, north in degrees; ``crs`` is always WGS 84 here."""
+        return self._dataset.geographic_bounds
+
+
+async def run(pool: Executor, function: Callable[..., T], *args: Any) -> T:
+    """Run a function in a pool of threads."""
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
+
+
+async def find_codebook(service: Service, read: ReadParams) -> Codebook:
+    """Return the codebook of a request, reading it from disk once."""
+    known = service.known_codebook(read.codebook)
+    return known if known is not None else await run(service.working, service.codebook, read.codebook)
+
+
+async def find_classes(service: Service, codebook: Codebook, n: int | None) -> Classes:
+    """Return the classes of a codebook, cutting its tree once for each ``n``."""
+    known = service.known_classes(codebook, n)
+    return known if known is not None else await run(service.working, service.classes, codebook, n)
+
+
+async def find_dataset(service: Service, url: str, read: ReadParams, codebook: Codebook) -> Dataset:
+    """Return the dataset of a request."""
+    return await asyncio.wrap_future(service.dataset(url, read.options, codebook))
+
+
+async def find_engine(service: Service, codebook: Codebook) -> LabelEngine:
+    """Return the engine of a codebook, waiting for its encoder to load."""
+    return await asyncio.wrap_future(follow(service.engine(codebook)))
+
+
+async def open_all(service: Service, url: str, read: ReadParams) -> tuple[Codebook, Dataset, LabelEngine]:
+    """Return codebook, dataset and engine of a request."""
+    codebook = await find_codebook(service, read)
+    dataset = await find_dataset(service, url, read, codebook)
+    return codebook, dataset, await find_engine(service, codebook)
+
+
+def empty_tile(size_px: int, image_format: ImageFormat, reason: str) -> Response:
+    """Return a transparent tile with status 200 (QGIS retries errors) and a header that says why it is empty."""
+    headers = {REASON_HEADER: reason, "Cache-Control": EMPTY_CACHE_CONTROL}
+    return Response(transparent_tile(size_px, image_format), media_type=MEDIA_TYPE[image_format], headers=headers)
+
+
+def area_of_feature(feature: Mapping[str, Any], dataset: Dataset) -> Area:
+    """Find the patches of a GeoJSON feature.
+
+    Raises:
+        InputError: if it has no geometry, or one that is not a polygon.
+    """
+    geometry = feature.get("geometry")
+    if not geometry:
+        raise InputError("the feature has no geometry; a Polygon or MultiPolygon is needed")
+    return area_of_geometry(geometry, dataset.grid, dataset.footprint)
+
+
+def export(
+    service: Service, engine: LabelEngine, dataset: Dataset, area: Area, look: StyleParams, raster_format: RasterFormat
+) -> Response:
+    """Return the labels of an area as a file, one pixel per patch.
+
+    Raises:
+        InputError: if the area holds no patch of the image, or too many.
+    """
+    if area.empty:
+        raise InputError("the area holds no patch of the image; see bounds in /info")
+    codebook = engine.codebook
+    style = look.style(codebook)
+    classes = service.classes(codebook, look.classes)
+    block = _block_of(service, engine, dataset, area)
+    labels = np.where(area.inside, block.labels, np.uint16(NODATA_LABEL))
+    if raster_format == "tif":
+        content = label_geotiff(classes.of_labels(labels), area.patches, dataset.grid, codebook, classes)
+        return Response(
+            content,
+            media_type="image/tiff; application=geotiff",
+            headers={"Content-Disposition": 'attachment; filename="classes.tif"'},
+        )
+    index, palette = palette_index(labels, block.similarity, classes, style, codebook.similarity_range())
+    return Response(encode_indexed(index, palette, "png"), media_type=MEDIA_TYPE["png"])
+
+
+def feature_statistics(
+    service: Service, engine: LabelEngine, dataset: Dataset, feature: dict[str, Any], classes: Classes
+) -> dict[str, Any]:
+    """Return a feature with the area of every class inside it."""
+    area = area_of_feature(feature, dataset)
+    block = _block_of(service, engine, dataset, area)
+    return with_statistics(feature, area_statistics(block, area, classes, dataset.grid.patch_area_m2))
+
+
+def _block_of(service: Service, engine: LabelEngine, dataset: Dataset, area: Area) -> LabelBlock:
+    rows, cols = area.patches.chunk_range(engine.layout.stride_patches).shape
+    limit = service.settings.max_chunks
+    if rows * cols > limit:
+        raise InputError(
+            f"the area needs {rows * cols} chunks; this server computes at most {limit} in one request. "
+            "Split it, or use geocentroids classify"
+        )
+    return engine.block(dataset, area.patches)
+
+
+def _error(detail: Any, status: int) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers={"Cache-Control": "no-store"})

@@ -1,0 +1,226 @@
+"""What one process shares between requests: codebooks, engines, datasets and pools of threads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from cachetools import LRUCache, TTLCache
+
+from geocentroids_tiler.codebook import ENCODER_FILE, Classes, Codebook
+from geocentroids_tiler.encoder import EncoderSource, load_encoder
+from geocentroids_tiler.errors import CodebookError
+from geocentroids_tiler.hub import find_codebook
+from geocentroids_tiler.labels.engine import LabelEngine
+from geocentroids_tiler.labels.futures import then
+from geocentroids_tiler.labels.store import LabelStore
+from geocentroids_tiler.settings import Settings
+from geocentroids_tiler.source import (
+    Dataset,
+    ReadOptions,
+    Source,
+    open_dataset,
+    resolve_source,
+    source_identity,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_DATASETS = 1024
+"""Datasets remembered at once; one takes some kilobytes, with a collar up to a few megabytes."""
+MAX_CUTS = 64
+"""Cuts of merge trees remembered at once."""
+OPEN_THREADS = 8
+"""Headers read at once. They wait for the network, not for the CPU."""
+WORK_THREADS = 4
+"""Tiles drawn, and exports and statistics gathered, at once."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    dataset: Dataset
+    checked_at: float
+
+
+class Service:
+    """Shared state behind the HTTP routes and the command line. Safe for threads and for several event loops."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._codebooks: dict[str, Codebook] = {}
+        self._classes: LRUCache[tuple[str, int | None], Classes] = LRUCache(MAX_CUTS)
+        self._engines: dict[str, Future[LabelEngine]] = {}
+        self._datasets: LRUCache[Any, Future[_Opened]] = LRUCache(MAX_DATASETS)
+        self._identities: TTLCache[str, str] = TTLCache(MAX_DATASETS, settings.source_ttl_s, timer=clock)
+        self.store = LabelStore(settings.label_cache_bytes)
+        self._opening = ThreadPoolExecutor(OPEN_THREADS, "geocentroids-open")
+        self._loading = ThreadPoolExecutor(1, "geocentroids-load")
+        self.drawing = ThreadPoolExecutor(WORK_THREADS, "geocentroids-draw")
+        self.working = ThreadPoolExecutor(WORK_THREADS, "geocentroids-work")
+
+    def close(self) -> None:
+        """Finish what runs and end all threads."""
+        for pool in (self._opening, self._loading, self.working, self.drawing):
+            pool.shutdown(cancel_futures=True)
+        for future in self._engines.values():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().close()
+
+    def codebook(self, name: str | None) -> Codebook:
+        """Return a codebook by name, None for the default.
+
+        Raises:
+            CodebookNotFoundError: if it is not installed.
+            CodebookError: if it is broken.
+        """
+        name = name or self.settings.codebook
+        with self._lock:
+            known = self._codebooks.get(name)
+        if known is None:
+            known = find_codebook(name, self.settings.codebooks_dir, allow_path=name == self.settings.codebook)
+            with self._lock:
+                known = self._codebooks.setdefault(name, known)
+        return known
+
+    def known_codebook(self, name: str | None) -> Codebook | None:
+        """Return a codebook that was loaded already, or None."""
+        with self._lock:
+            return self._codebooks.get(name or self.settings.codebook)
+
+    def classes(self, codebook: Codebook, n: int | None) -> Classes:
+        """Return the classes of a codebook; see ``Codebook.classes``.
+
+        Raises:
+            InputError: if ``n`` is out of range or the codebook has no merge tree.
+        """
+        known = self.known_classes(codebook, n)
+        if known is None:
+            known = codebook.classes(n)
+            with self._lock:
+                self._classes[codebook.digest, n] = known
+        return known
+
+    def known_classes(self, codebook: Codebook, n: int | None) -> Classes | None:
+        """Return the classes of a codebook that were looked up already, or None."""
+        with self._lock:
+            return self._classes.get((codebook.digest, n))
+
+    def engine(self, codebook: Codebook) -> Future[LabelEngine]:
+        """Return the engine of a codebook, loading its encoder once; a failed load is tried again when next asked."""
+        with self._lock:
+            future = self._engines.get(codebook.digest)
+            if future is None or (future.done() and future.exception() is not None):
+                future = self._engines[codebook.digest] = self._loading.submit(self._load_engine, codebook)
+            return future
+
+    def loaded(self, codebook: Codebook) -> bool:
+        """Tell whether the engine of a codebook is ready, without loading it."""
+        with self._lock:
+            future = self._engines.get(codebook.digest)
+        return future is not None and future.done() and future.exception() is None
+
+    def engines(self) -> list[LabelEngine]:
+        """Return the engines that are ready."""
+        with self._lock:
+            futures = list(self._engines.values())
+        return [future.result() for future in futures if future.done() and future.exception() is None]
+
+    def dataset(self, url: str, options: ReadOptions, codebook: Codebook) -> Future[Dataset]:
+        """Return a dataset, opened or known.
+
+        Its source is asked again whether it changed when ``source_ttl_s`` has passed.
+
+        Raises:
+            SourceRefusedError: if the policy forbids the URL.
+            SourceUnavailableError: if a local file does not exist.
+        """
+        source = resolve_source(url, self.settings.root)
+        key = (source.url, options, codebook.digest)
+        with self._lock:
+            running = self._datasets.get(key)
+            if running is None or (running.done() and running.exception() is not None):
+                known = None
+            elif not running.done() or self._clock() - running.result().checked_at < self.settings.source_ttl_s:
+                return then(running, lambda opened: opened.dataset)
+            else:
+                known = running.result().dataset
+
+            def open_or_confirm() -> _Opened:
+                now = self._clock()
+                identity = self.identity(source)
+                if known is not None and identity == known.identity:
+                    return _Opened(known, now)
+                return _Opened(open_dataset(source, identity, options, codebook, self.settings.source_timeout_s), now)
+
+            future = self._datasets[key] = self._opening.submit(open_or_confirm)
+        return then(future, lambda opened: opened.dataset)
+
+    def identity(self, source: Source) -> str:
+        """Return what changes when a source's content does, asked at most every ``source_ttl_s``.
+
+        Raises:
+            SourceUnavailableError: if the source does not answer.
+        """
+        with self._lock:
+            known = self._identities.get(source.url)
+        if known is None:
+            known = source_identity(source, self.settings.source_timeout_s)
+            with self._lock:
+                self._identities[source.url] = known
+        return known
+
+    def _load_engine(self, codebook: Codebook) -> LabelEngine:
+        settings = self.settings
+        encoder = load_encoder(
+            encoder_source(codebook),
+            backend=settings.backend,
+            provider=settings.provider,
+            device=settings.device,
+            precision=settings.precision,
+            threads=settings.threads,
+            batch_windows=settings.batch_windows,
+        )
+        engine = LabelEngine(
+            codebook,
+            encoder,
+            self.store,
+            read_threads=settings.read_threads,
+            token_cache_bytes=settings.token_cache_bytes,
+        )
+        logger.info("codebook %s on %s: %.4f s per chunk", codebook.name, encoder.info, engine.seconds_per_chunk)
+        return engine
+
+
+def encoder_source(codebook: Codebook) -> EncoderSource:
+    """Return where the encoder of a codebook comes from and what it has to be.
+
+    Raises:
+        CodebookError: if the manifest names an embedded encoder and there is none.
+    """
+    section, pre = codebook.manifest.encoder, codebook.manifest.preprocess
+    embedded = codebook.encoder_path
+    named_embedded = section.source == ENCODER_FILE
+    if named_embedded and embedded is None:
+        raise CodebookError(f"codebook {codebook.name!r} names {ENCODER_FILE} as its encoder, but has none")
+    return EncoderSource(
+        onnx_path=embedded,
+        model=None if named_embedded else section.source,
+        revision=section.revision,
+        architecture=section.architecture,
+        dim=section.dim,
+        patch_px=section.patch_px,
+        register_tokens=section.register_tokens,
+        window_patches=pre.window_patches,
+        mean=pre.mean,
+        std=pre.std,
+        # The digest is of the file that the manifest names; an export of it beside the codebook is another file.
+        sha256=section.sha256 if named_embedded or embedded is None else None,
+        allow_download=False,
+    )

@@ -1,0 +1,269 @@
+"""JSON answers, as pydantic models and the functions that fill them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from geocentroids_tiler.area import Area
+from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
+from geocentroids_tiler.colors import hex_color
+from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
+from geocentroids_tiler.source import Dataset
+
+
+class ClassInfo(BaseModel):
+    """A class: a label, or a merged class with ``classes=N``."""
+
+    label: int
+    color: str
+    name: str | None = None
+    count: int | None = None
+
+
+class Legend(BaseModel):
+    """All classes of a codebook."""
+
+    codebook: str
+    classes: list[ClassInfo]
+
+
+class Neighbour(BaseModel):
+    """Another centroid, and how like the patch's own it is (metric of the codebook)."""
+
+    label: int
+    color: str
+    name: str | None = None
+    similarity: float
+
+
+class PointInfo(BaseModel):
+    """What is known of the patch at a place. All but the coordinates is null where there is no data."""
+
+    coordinates: tuple[float, float]
+    label: int | None
+    centroid: int | None
+    color: str | None
+    name: str | None
+    similarity: float | None
+    neighbours: list[Neighbour]
+
+
+class ClassArea(BaseModel):
+    """Area of one class inside a feature."""
+
+    label: int
+    color: str
+    name: str | None = None
+    area_m2: float
+    share: float
+
+
+class AreaStatistics(BaseModel):
+    """Area per class inside a feature, largest first.
+
+    ``area_m2`` counts the patches of the image whose centre lies in the feature, ``labelled_m2`` those with a label;
+    shares are of the latter.
+    """
+
+    area_m2: float
+    labelled_m2: float
+    classes: list[ClassArea]
+
+
+class GridInfo(BaseModel):
+    """The ground grid of an image."""
+
+    crs: str
+    patch_m: float
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+
+
+class CodebookInfo(BaseModel):
+    """A codebook."""
+
+    name: str
+    version: str
+    title: str
+    licence: str
+    attribution: str
+    digest: str
+    centroids: int
+    dim: int
+    metric: str
+    encoder: str
+    gsd_m: float
+    window_patches: int
+    margin_patches: int
+    stride_patches: int
+    classes_available: bool
+    similarity_range: tuple[float, float]
+
+
+class DeviceState(BaseModel):
+    """What the encoder runs on."""
+
+    backend: str
+    provider: str
+    device: str
+    precision: str
+
+
+class ImageInfo(BaseModel):
+    """An image as a codebook sees it, and what labelling all of it would cost."""
+
+    url: str
+    bounds: tuple[float, float, float, float]
+    minzoom: int
+    maxzoom: int
+    width_px: int
+    height_px: int
+    gsd_m: float
+    warped: bool
+    grid: GridInfo
+    codebook: CodebookInfo
+    device: DeviceState
+    chunks: int
+    seconds_per_chunk: float
+    seconds: float
+    warnings: list[str]
+
+
+def codebook_info(codebook: Codebook) -> CodebookInfo:
+    """Describe a codebook."""
+    manifest, pre = codebook.manifest, codebook.manifest.preprocess
+    return CodebookInfo(
+        name=manifest.name,
+        version=manifest.version,
+        title=manifest.title,
+        licence=manifest.licence,
+        attribution=manifest.attribution,
+        digest=codebook.digest,
+        centroids=len(codebook),
+        dim=manifest.encoder.dim,
+        metric=manifest.assignment.metric,
+        encoder=manifest.encoder.source,
+        gsd_m=pre.gsd_m,
+        window_patches=pre.window_patches,
+        margin_patches=pre.margin_patches,
+        stride_patches=pre.stride_patches,
+        classes_available=codebook.tree is not None,
+        similarity_range=codebook.similarity_range(),
+    )
+
+
+def image_info(dataset: Dataset, engine: LabelEngine, zooms: tuple[int, int]) -> ImageInfo:
+    """Describe a dataset and the cost of labelling it."""
+    footprint, device = dataset.footprint, engine.encoder.info
+    authority = dataset.grid.crs.to_authority()
+    return ImageInfo(
+        url=dataset.source.url,
+        bounds=dataset.geographic_bounds,
+        minzoom=zooms[0],
+        maxzoom=zooms[1],
+        width_px=dataset.width_px,
+        height_px=dataset.height_px,
+        gsd_m=dataset.gsd_m,
+        warped=dataset.warped,
+        grid=GridInfo(
+            crs=":".join(authority) if authority else dataset.grid.crs.to_wkt(),
+            patch_m=dataset.grid.patch_m,
+            rows=(footprint.row_start, footprint.row_stop),
+            cols=(footprint.col_start, footprint.col_stop),
+        ),
+        codebook=codebook_info(engine.codebook),
+        device=DeviceState(
+            backend=device.backend, provider=device.provider, device=device.device, precision=device.precision
+        ),
+        chunks=dataset.chunk_count,
+        seconds_per_chunk=engine.seconds_per_chunk,
+        seconds=dataset.chunk_count * engine.seconds_per_chunk,
+        warnings=list(dataset.warnings),
+    )
+
+
+def legend(codebook: Codebook, classes: Classes) -> Legend:
+    """List the classes of a codebook."""
+    return Legend(
+        codebook=codebook.name,
+        classes=[
+            ClassInfo(
+                label=i,
+                color=hex_color(classes.colors[i]),
+                name=classes.names[i],
+                count=None if classes.counts is None else int(classes.counts[i]),
+            )
+            for i in range(len(classes))
+        ],
+    )
+
+
+def point_info(
+    codebook: Codebook, classes: Classes, coordinates: tuple[float, float], centroid: int, similarity: float
+) -> PointInfo:
+    """Describe the patch at a place.
+
+    Args:
+        codebook: the codebook.
+        classes: classes of its labels.
+        coordinates: longitude and latitude.
+        centroid: the patch's label, 65535 for no data.
+        similarity: how well it fits.
+    """
+    if centroid == NODATA_LABEL:
+        return PointInfo(
+            coordinates=coordinates, label=None, centroid=None, color=None, name=None, similarity=None, neighbours=[]
+        )
+    label = int(classes.lookup[centroid])
+    own_names = codebook.names.get(None, {})
+    return PointInfo(
+        coordinates=coordinates,
+        label=label,
+        centroid=centroid,
+        color=hex_color(classes.colors[label]),
+        name=classes.names[label],
+        similarity=similarity,
+        neighbours=[
+            Neighbour(label=i, color=hex_color(codebook.colors[i]), name=own_names.get(i), similarity=value)
+            for i, value in codebook.neighbours(centroid, 5)
+        ],
+    )
+
+
+def area_statistics(block: LabelBlock, area: Area, classes: Classes, patch_area_m2: float) -> AreaStatistics:
+    """Sum up the area of each class.
+
+    Args:
+        block: labels of ``area.patches``.
+        area: which of them count.
+        classes: classes of the labels.
+        patch_area_m2: area of a patch on the ground.
+    """
+    ids: NDArray[np.uint16] = classes.of_labels(block.labels[area.inside])
+    counts = np.bincount(ids[ids != NODATA_LABEL], minlength=len(classes))
+    labelled = int(counts.sum())
+    present = sorted(np.flatnonzero(counts).tolist(), key=lambda i: (-counts[i], i))
+    return AreaStatistics(
+        area_m2=int(area.inside.sum()) * patch_area_m2,
+        labelled_m2=labelled * patch_area_m2,
+        classes=[
+            ClassArea(
+                label=i,
+                color=hex_color(classes.colors[i]),
+                name=classes.names[i],
+                area_m2=float(counts[i]) * patch_area_m2,
+                share=float(counts[i]) / labelled,
+            )
+            for i in present
+        ],
+    )
+
+
+def with_statistics(feature: dict[str, Any], statistics: AreaStatistics) -> dict[str, Any]:
+    """Return a GeoJSON feature with ``statistics`` among its properties; everything else stays as it is."""
+    properties = {**(feature.get("properties") or {}), "statistics": statistics.model_dump()}
+    return {**feature, "properties": properties}

@@ -1,0 +1,398 @@
+"""The TiTiler extension: routes under the factory's prefix, wired to the service. Wiring only."""
+
+# No "from __future__ import annotations" here: FastAPI has to see the factory's types in the routes' annotations.
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+import attrs
+import numpy as np
+from fastapi import APIRouter, Body, Depends, HTTPException, Path, Query
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from geojson_pydantic import Feature, FeatureCollection
+from morecantile import Tile, TileMatrixSet
+from starlette.requests import Request
+from titiler.core.dependencies import DatasetPathParams
+from titiler.core.factory import FactoryExtension, TilerFactory
+from titiler.core.models.mapbox import TileJSON
+from titiler.extensions.wmts import wmtsExtension
+
+from geocentroids_tiler import viewer
+from geocentroids_tiler.area import area_of_bbox
+from geocentroids_tiler.codebook import NODATA_LABEL
+from geocentroids_tiler.errors import InputError
+from geocentroids_tiler.grid import WGS84, PatchRange, parse_crs, project
+from geocentroids_tiler.handlers import (
+    NoStoreRoute,
+    RasterFormat,
+    ZoomsReader,
+    area_of_feature,
+    empty_tile,
+    export,
+    feature_statistics,
+    find_classes,
+    find_codebook,
+    find_dataset,
+    find_engine,
+    open_all,
+    run,
+)
+from geocentroids_tiler.labels.service import Service
+from geocentroids_tiler.params import (
+    ReadParams,
+    StyleParams,
+    TileSize,
+    classes_param,
+    path_param,
+    read_params,
+    style_params,
+)
+from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat
+from geocentroids_tiler.responses import ImageInfo, Legend, PointInfo, image_info, legend, point_info
+from geocentroids_tiler.settings import Settings
+from geocentroids_tiler.tiles import TileCache, TileKey, check_zoom, draw_tile, tile_view, zoom_range
+
+_TILE_ANSWER: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"content": {"image/png": {}, "image/webp": {}}, "description": "The tile."},
+        304: {"description": "The tile is the one that the client has."},
+    },
+}
+_RASTER_ANSWER: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"content": {"image/tiff; application=geotiff": {}, "image/png": {}}, "description": "The labels."}
+    },
+}
+
+
+@attrs.define
+class GeocentroidsExtension(FactoryExtension):
+    """Adds ``/geocentroids/...`` to a ``TilerFactory``.
+
+    Attributes:
+        settings: what an operator can choose; read from the environment if not given.
+        service: shared state; give one service to all extensions and routers of a process.
+        factory: the routes, once registered.
+    """
+
+    settings: Settings = attrs.field(factory=Settings)
+    service: Service = attrs.field(default=attrs.Factory(lambda self: Service(self.settings), takes_self=True))
+
+    factory: "ClassTilerFactory" = attrs.field(init=False)
+
+    def register(self, factory: TilerFactory) -> None:  # type: ignore[override]
+        """Register the routes."""
+        path_dependency = factory.path_dependency
+        self.factory = ClassTilerFactory(
+            service=self.service,
+            router=APIRouter(route_class=NoStoreRoute),
+            router_prefix=f"{factory.router_prefix}/geocentroids",
+            source_prefix=factory.router_prefix,
+            name=f"{factory.name}.geocentroids" if factory.name else None,
+            supported_tms=factory.supported_tms,
+            path_dependency=path_param if path_dependency is DatasetPathParams else path_dependency,
+            extensions=[wmtsExtension(tile_dependencies=[], layer_identifier_provider=lambda _: "geocentroids")],
+        )
+        factory.router.include_router(self.factory.router, prefix="/geocentroids")
+
+
+@attrs.define(kw_only=True)
+class ClassTilerFactory(TilerFactory):
+    """Routes for classes in place of TiTiler's routes for pixels, under the same names and parameters."""
+
+    service: Service
+    source_prefix: str = ""
+    reader_dependency: Any = read_params
+    tile_cache: TileCache = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Let TiTiler register the routes; its WMTS extension asks ``reader`` for bounds and zooms."""
+        self.tile_cache = TileCache(self.service.settings.tile_cache_bytes)
+        self.reader = partial(ZoomsReader, self.service)  # type: ignore[assignment]
+        super().__attrs_post_init__()  # type: ignore[no-untyped-call]
+
+    def register_routes(self) -> None:
+        """Register every route of this factory."""
+        self.tile()
+        self.tilejson()
+        self.map_viewer()
+        self.info()
+        self.point()
+        self.part()
+        self.statistics()
+        self.legend()
+
+    def _route(self, operation: str, answer: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+        return {"operation_id": f"{self.operation_prefix}{operation}", **answer}
+
+    def _tms_path(self) -> Any:
+        return Path(description="Identifier of a TileMatrixSet.", json_schema_extra={"enum": self.supported_tms.list()})
+
+    def _tms(self, name: str) -> TileMatrixSet:
+        if name not in self.supported_tms.list():
+            raise InputError(f"{name!r} is not a TileMatrixSet here; accepted: {', '.join(self.supported_tms.list())}")
+        return self.supported_tms.get(name)
+
+    def tile(self) -> None:
+        """Register /tiles."""
+        service = self.service
+
+        @self.router.get("/tiles/{tileMatrixSetId}/{z}/{x}/{y}", **self._route("getTile", _TILE_ANSWER))
+        @self.router.get(
+            "/tiles/{tileMatrixSetId}/{z}/{x}/{y}.{format}", **self._route("getTileWithFormat", _TILE_ANSWER)
+        )
+        async def tile(
+            request: Request,
+            tileMatrixSetId: Annotated[str, self._tms_path()],
+            z: Annotated[int, Path(ge=-20, le=40)],
+            x: Annotated[int, Path(ge=-(2**40), le=2**40)],
+            y: Annotated[int, Path(ge=-(2**40), le=2**40)],
+            format: ImageFormat = "png",
+            tilesize: TileSize = 256,
+            url: str = Depends(self.path_dependency),
+            read: ReadParams = Depends(read_params),
+            look: StyleParams = Depends(style_params),
+        ) -> Response:
+            """Return a tile in which every patch of ground has the colour of its class."""
+            tms = self._tms(tileMatrixSetId)
+            check_zoom(tms, z)
+            codebook = await find_codebook(service, read)
+            style = look.style(codebook)
+            classes = await find_classes(service, codebook, look.classes)
+            dataset = await find_dataset(service, url, read, codebook)
+            engine = await find_engine(service, codebook)
+            key = TileKey(
+                *dataset.key,
+                codebook.digest,
+                engine.device_name,
+                tileMatrixSetId,
+                z,
+                x,
+                y,
+                tilesize,
+                format,
+                look.classes,
+                style,
+            )
+            headers = {"ETag": key.etag, "Cache-Control": service.settings.cache_control}
+            if request.headers.get("if-none-match") == key.etag:
+                return Response(status_code=304, headers=headers)
+            content = self.tile_cache.get(key)
+            if content is None:
+                minzoom, _ = zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
+                if z < minzoom:
+                    return empty_tile(tilesize, format, f"below-minzoom {minzoom}")
+                view = await run(
+                    service.drawing, tile_view, tms, Tile(x, y, z), tilesize, dataset.grid, dataset.footprint
+                )
+                if view is None:
+                    return empty_tile(tilesize, format, "outside")
+                block = await engine.block_async(dataset, view.patches)
+                content = await run(
+                    service.drawing, draw_tile, view, block, classes, style, codebook.similarity_range(), format
+                )
+                self.tile_cache.put(key, content)
+            return Response(content, media_type=MEDIA_TYPE[format], headers=headers)
+
+    def tilejson(self) -> None:
+        """Register /tilejson.json."""
+        service = self.service
+
+        @self.router.get(
+            "/{tileMatrixSetId}/tilejson.json",
+            response_model=TileJSON,
+            response_model_exclude_none=True,
+            **self._route("getTileJSON"),
+        )
+        async def tilejson(
+            request: Request,
+            tileMatrixSetId: Annotated[str, self._tms_path()],
+            tile_format: ImageFormat = "png",
+            tilesize: TileSize = 512,
+            url: str = Depends(self.path_dependency),
+            read: ReadParams = Depends(read_params),
+            look: StyleParams = Depends(style_params),
+        ) -> TileJSON:
+            """Return the TileJSON document of an image's classes."""
+            codebook, dataset, engine = await open_all(service, url, read)
+            look.style(codebook)
+            tms = self._tms(tileMatrixSetId)
+            minzoom, maxzoom = zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
+            query = [(name, value) for name, value in request.query_params.multi_items() if name != "tile_format"]
+            if "tilesize" not in request.query_params:
+                query.append(("tilesize", str(tilesize)))
+            tiles = self.url_for(
+                request, "tile", tileMatrixSetId=tileMatrixSetId, z="{z}", x="{x}", y="{y}", format=tile_format
+            )
+            return TileJSON(
+                name=url.rsplit("/", 1)[-1],
+                description=codebook.manifest.title,
+                attribution=codebook.manifest.attribution or None,
+                legend=self.url_for(request, "legend") + f"?{urlencode(query)}",
+                tiles=[f"{tiles}?{urlencode(query)}"],
+                bounds=list(dataset.geographic_bounds),
+                minzoom=max(0, minzoom),
+                maxzoom=maxzoom,
+            )
+
+    def map_viewer(self) -> None:
+        """Register /map.html and the viewer's files."""
+
+        @self.router.get(
+            "/{tileMatrixSetId}/map.html",
+            response_class=HTMLResponse,
+            **self._route("getMapViewer"),
+        )
+        async def map_viewer(
+            request: Request,
+            tileMatrixSetId: Annotated[str, self._tms_path()],
+            url: Annotated[str | None, Query(max_length=4096, description="Image to open.")] = None,
+            codebook: Annotated[str | None, Query(max_length=64, description="Codebook to use.")] = None,
+        ) -> HTMLResponse:
+            """Return the viewer."""
+            return self.viewer_page(request, tileMatrixSetId, url, codebook)
+
+        @self.router.get("/viewer/{name}", include_in_schema=False)
+        async def viewer_file(name: str) -> Response:
+            """Return a script, a style or another file of the viewer."""
+            found = viewer.asset(name)
+            if found is None:
+                raise HTTPException(404, f"the viewer has no file {name!r}")
+            return Response(found[0], media_type=found[1], headers={"Cache-Control": "public, max-age=300"})
+
+    def viewer_page(
+        self, request: Request, tms: str = "WebMercatorQuad", url: str | None = None, codebook: str | None = None
+    ) -> HTMLResponse:
+        """Return the viewer, which finds this factory's routes."""
+        base = str(request.base_url).rstrip("/")
+        endpoint = base + self.router_prefix
+        config = {
+            "endpoint": endpoint,
+            "source_endpoint": base + self.source_prefix,
+            "codebooks_url": f"{base}/geocentroids/codebooks",
+            "url": url,
+            "codebook": codebook,
+            "tms": tms,
+            "demo_url": self.service.settings.demo_url,
+        }
+        return HTMLResponse(viewer.page(config, f"{endpoint}/viewer"))
+
+    def info(self) -> None:
+        """Register /info."""
+        service = self.service
+
+        @self.router.get("/info", response_model=ImageInfo, **self._route("getInfo"))
+        async def info(url: str = Depends(self.path_dependency), read: ReadParams = Depends(read_params)) -> ImageInfo:
+            """Return the grid of an image, the codebook, and what labelling all of it would cost."""
+            _, dataset, engine = await open_all(service, url, read)
+            tms = self._tms("WebMercatorQuad")
+            zooms = zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
+            return image_info(dataset, engine, zooms)
+
+    def point(self) -> None:
+        """Register /point."""
+        service = self.service
+
+        @self.router.get("/point/{lon},{lat}", response_model=PointInfo, **self._route("getPoint"))
+        async def point(
+            lon: Annotated[float, Path(ge=-180, le=180, description="Longitude in degrees.")],
+            lat: Annotated[float, Path(ge=-90, le=90, description="Latitude in degrees.")],
+            url: str = Depends(self.path_dependency),
+            read: ReadParams = Depends(read_params),
+            classes: int | None = Depends(classes_param),
+        ) -> PointInfo:
+            """Return the class of the patch at a place, how well it fits, and what else it is like."""
+            codebook, dataset, engine = await open_all(service, url, read)
+            merged = await find_classes(service, codebook, classes)
+            x, y = project(WGS84, dataset.grid.crs, lon, lat)
+            patch = PatchRange(0, 0, 0, 0)
+            if np.isfinite(x) and np.isfinite(y):
+                row, col = (int(value) for value in dataset.grid.patch_of(x, y))
+                patch = PatchRange(row, row + 1, col, col + 1).intersect(dataset.footprint)
+            if patch.empty:
+                return point_info(codebook, merged, (lon, lat), NODATA_LABEL, 0.0)
+            block = await engine.block_async(dataset, patch)
+            label, similarity = int(block.labels[0, 0]), float(block.similarity[0, 0])
+            return await run(service.working, point_info, codebook, merged, (lon, lat), label, similarity)
+
+    def part(self) -> None:
+        """Register /bbox and /feature."""
+        service = self.service
+
+        @self.router.get("/bbox/{minx},{miny},{maxx},{maxy}.{format}", **self._route("getBbox", _RASTER_ANSWER))
+        async def bbox_image(
+            minx: Annotated[float, Path()],
+            miny: Annotated[float, Path()],
+            maxx: Annotated[float, Path()],
+            maxy: Annotated[float, Path()],
+            format: RasterFormat,
+            coord_crs: Annotated[
+                str, Query(max_length=32, description="CRS of the box, as AUTHORITY:code.")
+            ] = "EPSG:4326",
+            url: str = Depends(self.path_dependency),
+            read: ReadParams = Depends(read_params),
+            look: StyleParams = Depends(style_params),
+        ) -> Response:
+            """Return the labels of a box, one pixel per patch."""
+            crs = parse_crs(coord_crs)
+            _, dataset, engine = await open_all(service, url, read)
+            area = await run(
+                service.working, area_of_bbox, (minx, miny, maxx, maxy), crs, dataset.grid, dataset.footprint
+            )
+            return await run(service.working, export, service, engine, dataset, area, look, format)
+
+        @self.router.post("/feature.{format}", **self._route("postFeature", _RASTER_ANSWER))
+        async def feature_image(
+            feature: Annotated[Feature[Any, Any], Body(description="A GeoJSON feature with a polygon.")],
+            format: RasterFormat,
+            url: str = Depends(self.path_dependency),
+            read: ReadParams = Depends(read_params),
+            look: StyleParams = Depends(style_params),
+        ) -> Response:
+            """Return the labels of a polygon, one pixel per patch."""
+            _, dataset, engine = await open_all(service, url, read)
+            area = await run(service.working, area_of_feature, feature.model_dump(), dataset)
+            return await run(service.working, export, service, engine, dataset, area, look, format)
+
+    def statistics(self) -> None:
+        """Register /statistics."""
+        service = self.service
+
+        @self.router.post("/statistics", **self._route("postStatistics"))
+        async def statistics(
+            request: Request,
+            geojson: Annotated[
+                FeatureCollection[Feature[Any, Any]] | Feature[Any, Any],
+                Body(description="A GeoJSON feature or feature collection with polygons."),
+            ],
+            url: str = Depends(self.path_dependency),
+            read: ReadParams = Depends(read_params),
+            classes: int | None = Depends(classes_param),
+        ) -> JSONResponse:
+            """Return the same features, each with the area of every class inside it."""
+            codebook, dataset, engine = await open_all(service, url, read)
+            merged = await find_classes(service, codebook, classes)
+            given = await request.json()  # as it came: members that the models do not know stay
+            features = given["features"] if isinstance(geojson, FeatureCollection) else [given]
+            answered = [
+                await run(service.working, feature_statistics, service, engine, dataset, feature, merged)
+                for feature in features
+            ]
+            whole = {**given, "features": answered} if isinstance(geojson, FeatureCollection) else answered[0]
+            return JSONResponse(whole, media_type="application/geo+json")
+
+    def legend(self) -> None:
+        """Register /legend."""
+        service = self.service
+
+        @self.router.get("/legend", response_model=Legend, **self._route("getLegend"))
+        async def legend_(
+            read: ReadParams = Depends(read_params), classes: int | None = Depends(classes_param)
+        ) -> Legend:
+            """Return the classes of a codebook with colours, names and counts."""
+            codebook = await find_codebook(service, read)
+            return legend(codebook, await find_classes(service, codebook, classes))

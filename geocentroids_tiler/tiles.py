@@ -1,0 +1,260 @@
+"""Tiles: which patches lie under a tile's pixels, which zoom levels are worth asking for, and tiles kept in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from cachetools import LRUCache
+from morecantile import Tile, TileMatrixSet
+from numpy.typing import NDArray
+from pyproj import CRS
+
+from geocentroids_tiler import __version__
+from geocentroids_tiler.codebook import Classes
+from geocentroids_tiler.errors import InputError
+from geocentroids_tiler.grid import WGS84, Grid, PatchRange, outline, project, raster_points
+from geocentroids_tiler.labels.engine import LabelBlock
+from geocentroids_tiler.render import (
+    ImageFormat,
+    Style,
+    average_colors,
+    encode_indexed,
+    encode_rgba,
+    palette_index,
+    sample,
+)
+from geocentroids_tiler.source import Dataset, ReadOptions
+
+MAX_SAMPLES = 16
+"""Samples a side of a tile pixel at most, where it covers several patches."""
+PLACE_TOLERANCE = 0.02
+"""Pixel centres are placed on the ground to this share of a patch."""
+_NOWHERE = -(2**40)
+"""Row and column of a pixel without a place in the grid's CRS."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileKey:
+    """All that a tile's content depends on.
+
+    Attributes:
+        url: the source.
+        identity: of the source's content.
+        options: how bands become RGB.
+        codebook_digest: of the codebook's content.
+        device: what computes the labels.
+        tms: TileMatrixSet.
+        z: zoom level.
+        x: column.
+        y: row.
+        size_px: pixels a side.
+        image_format: png or webp.
+        classes: number of merged classes.
+        style: how labels are drawn.
+    """
+
+    url: str
+    identity: str
+    options: ReadOptions
+    codebook_digest: str
+    device: str
+    tms: str
+    z: int
+    x: int
+    y: int
+    size_px: int
+    image_format: ImageFormat
+    classes: int | None
+    style: Style
+
+    @property
+    def etag(self) -> str:
+        """The tile's entity tag. Equal keys give equal bytes, so it is known before the tile is drawn."""
+        parts = [getattr(self, name) for name in self.__slots__]
+        text = json.dumps([__version__, *parts], default=_plain)
+        return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
+
+
+class TileCache:
+    """Encoded tiles in memory, bounded in bytes, least recently used out first. Safe for threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._lock = threading.Lock()
+        self._cache: LRUCache[TileKey, bytes] = LRUCache(max_bytes, getsizeof=lambda content: len(content) + 1024)
+
+    def get(self, key: TileKey) -> bytes | None:
+        """Return a tile, or None if it is not kept."""
+        with self._lock:
+            return self._cache.get(key)
+
+    def put(self, key: TileKey, content: bytes) -> None:
+        """Keep a tile, unless it is larger than the whole cache."""
+        with self._lock:
+            if len(content) + 1024 <= self._cache.maxsize:
+                self._cache[key] = content
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken."""
+        with self._lock:
+            return int(self._cache.currsize)
+
+
+@dataclass(frozen=True)
+class TileView:
+    """Patches under the pixels of a tile.
+
+    Attributes:
+        rows: patch row at each sample, of shape (size * samples, size * samples), int64.
+        cols: patch column, likewise.
+        samples: samples a side of a pixel: 1 where a pixel is at most as large as a patch.
+        patches: the patches that are inside the image, as a rectangle.
+    """
+
+    rows: NDArray[np.int64]
+    cols: NDArray[np.int64]
+    samples: int
+    patches: PatchRange
+
+
+def check_zoom(tms: TileMatrixSet, z: int) -> None:
+    """Raise InputError unless the TileMatrixSet has the zoom level."""
+    if not tms.minzoom <= z <= tms.maxzoom:
+        raise InputError(f"zoom {z} is not in {tms.id}; accepted: {tms.minzoom} to {tms.maxzoom}")
+
+
+def tile_view(tms: TileMatrixSet, tile: Tile, size_px: int, grid: Grid, footprint: PatchRange) -> TileView | None:
+    """Find the patches under the pixels of a tile.
+
+    Args:
+        tms: the TileMatrixSet.
+        tile: x, y and z.
+        size_px: pixels a side.
+        grid: the ground grid.
+        footprint: patches of the image.
+
+    Returns:
+        The patches, or None if the tile lies outside of the image.
+    """
+    matrix = tms.matrix(tile.z)
+    if not (0 <= tile.x < matrix.matrixWidth and 0 <= tile.y < matrix.matrixHeight):
+        return None
+    crs = tms_crs(tms)
+    left, bottom, right, top = tms.xy_bounds(tile)
+    edge = outline(crs, (right - left, 0, left, 0, bottom - top, top), 1, 1, grid.crs)
+    (x0, y0), (x1, y1) = edge.min(axis=0), edge.max(axis=0)
+    if len(edge) == 4 * 33 and grid.patches_touching((x0, y0, x1, y1)).intersect(footprint).empty:
+        return None
+    pixel = _pixel_patches(left, bottom, right, top, crs, size_px, grid)
+    samples = min(MAX_SAMPLES, math.ceil(pixel)) if pixel > 1 else 1
+    shape = (size_px * samples, size_px * samples)
+    tolerance = PLACE_TOLERANCE * grid.patch_m * max(1.0, pixel / samples)
+    x, y = raster_points((left, bottom, right, top), crs, shape, grid.crs, tolerance)
+    placed = np.isfinite(x) & np.isfinite(y)
+    if not placed.any():
+        return None
+    rows, cols = grid.patch_of(np.where(placed, x, 0), np.where(placed, y, 0))
+    covered = PatchRange(
+        int(rows[placed].min()), int(rows[placed].max()) + 1, int(cols[placed].min()), int(cols[placed].max()) + 1
+    ).intersect(footprint)
+    if covered.empty:
+        return None
+    rows[~placed] = cols[~placed] = _NOWHERE
+    return TileView(rows, cols, samples, covered)
+
+
+def draw_tile(
+    view: TileView,
+    block: LabelBlock,
+    classes: Classes,
+    style: Style,
+    similarity_range: tuple[float, float],
+    image_format: ImageFormat,
+) -> bytes:
+    """Draw and encode a tile.
+
+    Each pixel takes the colour of the patch under its centre; where a pixel covers several patches their colours are
+    averaged.
+
+    Args:
+        view: patches under the pixels.
+        block: labels of ``view.patches``.
+        classes: classes of the labels.
+        style: how they are drawn.
+        similarity_range: similarities of the ends of the ramp.
+        image_format: png or webp.
+    """
+    index, palette = palette_index(block.labels, block.similarity, classes, style, similarity_range)
+    rows, cols = view.rows - block.patches.row_start, view.cols - block.patches.col_start
+    sampled = sample(index, rows, cols, nodata=len(palette) - 1)
+    if view.samples == 1:
+        return encode_indexed(sampled, palette, image_format)
+    return encode_rgba(average_colors(sampled, palette, view.samples), image_format)
+
+
+def zoom_range(tms: TileMatrixSet, dataset: Dataset, seconds_per_chunk: float, budget_s: float) -> tuple[int, int]:
+    """Return the zoom levels at which a dataset is worth asking for.
+
+    Args:
+        tms: the TileMatrixSet.
+        dataset: the dataset.
+        seconds_per_chunk: speed of the device.
+        budget_s: time that one tile may take.
+
+    Returns:
+        minzoom, the lowest at which a tile's share of the dataset is labelled within ``budget_s``, and maxzoom, the
+        lowest at which a pixel of the tile is at most as large as one of the codebook's.
+    """
+    levels = range(tms.minzoom, tms.maxzoom + 1)
+    gsd_m = dataset.preprocess.gsd_m
+    cell_m = _metres_per_unit(tms, dataset)
+    maxzoom = next((z for z in levels if tms.matrix(z).cellSize * cell_m <= gsd_m * 1.01), tms.maxzoom)
+    chunk_m = dataset.preprocess.stride_patches * dataset.grid.patch_m
+    affordable = budget_s / seconds_per_chunk
+    for z in levels:
+        matrix = tms.matrix(z)
+        side_m = matrix.cellSize * cell_m * max(matrix.tileWidth, matrix.tileHeight)
+        if min(dataset.chunk_count, (side_m / chunk_m + 1) ** 2) <= affordable:
+            return min(z, maxzoom), maxzoom
+    return maxzoom, maxzoom
+
+
+def tms_crs(tms: TileMatrixSet) -> CRS:
+    """Return the CRS of a TileMatrixSet."""
+    return CRS.from_wkt(tms.rasterio_crs.to_wkt())
+
+
+def _metres_per_unit(tms: TileMatrixSet, dataset: Dataset) -> float:
+    """Return the metres on the ground that one unit of the tiles' CRS spans at the middle of a dataset."""
+    west, south, east, north = dataset.geographic_bounds
+    crs, grid = tms_crs(tms), dataset.grid
+    cx, cy = project(WGS84, crs, (west + east) / 2, (south + north) / 2)
+    step = tms.matrix(tms.maxzoom).cellSize
+    x, y = project(crs, grid.crs, cx + np.array([0, step, 0]), cy + np.array([0, 0, step]))
+    area = abs((x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0]))
+    scale = math.sqrt(float(area)) / step
+    return scale if math.isfinite(scale) and scale > 0 else 1.0
+
+
+def _pixel_patches(left: float, bottom: float, right: float, top: float, crs: CRS, size_px: int, grid: Grid) -> float:
+    """Return the side of a tile pixel in patches, at the middle of the tile; 1 where that has no place in the grid."""
+    cx, cy = (left + right) / 2, (bottom + top) / 2
+    step = np.array([0, (right - left) / size_px])
+    x, y = project(crs, grid.crs, cx + step, np.full(2, cy))
+    length = math.hypot(float(x[1] - x[0]), float(y[1] - y[0])) / grid.patch_m
+    return length if math.isfinite(length) else 1.0
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if isinstance(value, ReadOptions):
+        return [value.bidx, value.rescale]
+    if isinstance(value, Style):
+        return [value.layer, sorted(value.highlight)]
+    raise TypeError(f"{type(value).__name__} has no place in an entity tag")
