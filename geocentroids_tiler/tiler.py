@@ -54,6 +54,8 @@ from geocentroids_tiler.responses import ImageInfo, Legend, PointInfo, image_inf
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.tiles import TileCache, TileKey, check_zoom, draw_tile, tile_view, zoom_range
 
+PREFIX = "/geocentroids"
+
 _TILE_ANSWER: dict[str, Any] = {
     "response_class": Response,
     "responses": {
@@ -87,17 +89,19 @@ class GeocentroidsExtension(FactoryExtension):
     def register(self, factory: TilerFactory) -> None:  # type: ignore[override]
         """Register the routes."""
         path_dependency = factory.path_dependency
+        name = factory.name or factory.router_prefix.strip("/").replace("/", ".")
         self.factory = ClassTilerFactory(
             service=self.service,
-            router=APIRouter(route_class=NoStoreRoute),
-            router_prefix=f"{factory.router_prefix}/geocentroids",
-            source_prefix=factory.router_prefix,
-            name=f"{factory.name}.geocentroids" if factory.name else None,
+            router=APIRouter(prefix=PREFIX, route_class=NoStoreRoute),
+            router_prefix=factory.router_prefix,
+            name=f"{name}.geocentroids".lstrip("."),
             supported_tms=factory.supported_tms,
+            # TiTiler's own dependency is synchronous: with it every tile would wait for a thread.
             path_dependency=path_param if path_dependency is DatasetPathParams else path_dependency,
             extensions=[wmtsExtension(tile_dependencies=[], layer_identifier_provider=lambda _: "geocentroids")],
         )
-        factory.router.include_router(self.factory.router, prefix="/geocentroids")
+        # The routes themselves, not an included router, so that the factory's route_dependencies reach them.
+        factory.router.routes.extend(self.factory.router.routes)
 
 
 @attrs.define(kw_only=True)
@@ -105,7 +109,6 @@ class ClassTilerFactory(TilerFactory):
     """Routes for classes in place of TiTiler's routes for pixels, under the same names and parameters."""
 
     service: Service
-    source_prefix: str = ""
     reader_dependency: Any = read_params
     tile_cache: TileCache = attrs.field(init=False)
 
@@ -179,7 +182,7 @@ class ClassTilerFactory(TilerFactory):
                 style,
             )
             headers = {"ETag": key.etag, "Cache-Control": service.settings.cache_control}
-            if request.headers.get("if-none-match") == key.etag:
+            if key.etag in request.headers.get("if-none-match", ""):
                 return Response(status_code=304, headers=headers)
             content = self.tile_cache.get(key)
             if content is None:
@@ -269,10 +272,10 @@ class ClassTilerFactory(TilerFactory):
     ) -> HTMLResponse:
         """Return the viewer, which finds this factory's routes."""
         base = str(request.base_url).rstrip("/")
-        endpoint = base + self.router_prefix
+        endpoint = base + self.router_prefix + PREFIX
         config = {
             "endpoint": endpoint,
-            "source_endpoint": base + self.source_prefix,
+            "source_endpoint": base + self.router_prefix,
             "codebooks_url": f"{base}/geocentroids/codebooks",
             "url": url,
             "codebook": codebook,
@@ -389,7 +392,7 @@ class ClassTilerFactory(TilerFactory):
         """Register /legend."""
         service = self.service
 
-        @self.router.get("/legend", response_model=Legend, **self._route("getLegend"))
+        @self.router.get("/legend", name="legend", response_model=Legend, **self._route("getLegend"))
         async def legend_(
             read: ReadParams = Depends(read_params), classes: int | None = Depends(classes_param)
         ) -> Legend:
