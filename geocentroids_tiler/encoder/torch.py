@@ -81,7 +81,13 @@ class TorchEncoder:
         if threads is not None:
             torch.set_num_threads(threads)
         self._dtype = PRECISIONS[self._precision]
-        self._model = load_model(checkpoint, "sdpa").to(self._device, self._dtype)
+        self._model = load_model(checkpoint, "sdpa").to(self._device)
+        if self._dtype != torch.float32:
+            # Matrices only. Sums along the depth and LayerNorm stay in fp32: rounding those too would
+            # nearly double the error (1.1 % of a token instead of 0.6 %, ViT-B with random weights).
+            for module in self._model.modules():
+                if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                    module.to(self._dtype)
         self._window_patches = window_patches
         self.patch_px = int(self._model.config.patch_size)
         self.register_tokens = checkpoint.registers
@@ -121,12 +127,16 @@ class TorchEncoder:
             batch[: len(part)] = part
             pixels = torch.from_numpy(batch).to(self._device).permute(0, 3, 1, 2).float()  # (B, 3, S, S)
             pixels = (pixels / 255 - self._offset) / self._divisor
-            with _exact_products():
-                hidden = self._model(pixel_values=pixels.to(self._dtype)).last_hidden_state
+            with _exact_products(), self._autocast():
+                hidden = self._model(pixel_values=pixels).last_hidden_state
             tokens = hidden[: len(part), 1 + self.register_tokens :].reshape(-1, P, P, self._dim)
             # A handle that was a view would keep the whole batch in memory: each gets its own tensor.
-            handles += [window.clone() for window in tokens]
+            handles += [window.to(self._dtype, copy=True) for window in tokens]
         return handles
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self._dtype != torch.float32
+        return torch.autocast(self._device.type, self._dtype if enabled else None, enabled=enabled)
 
     def fetch(self, tokens: TokenHandle) -> NDArray[np.float32]:
         """Copy the tokens of one window to the host, as an array of shape (P, P, D)."""

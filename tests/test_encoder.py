@@ -1,0 +1,806 @@
+"""The encoders against transformers, faiss and float64 brute force."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from encoder_models import KINDS, MEAN, STD, make_model, save_model, scenes
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, BitImageProcessorPil, Dinov2WithRegistersModel
+
+from geocentroids_tiler.encoder import EncoderSource, export, load_encoder
+from geocentroids_tiler.encoder.assign_graph import assign_graph
+from geocentroids_tiler.encoder.base import ChunkLayout
+from geocentroids_tiler.encoder.checks import METRICS
+from geocentroids_tiler.encoder.export import export_onnx
+from geocentroids_tiler.encoder.onnx import OnnxAssigner, OnnxEncoder
+from geocentroids_tiler.encoder.table import centroid_table
+from geocentroids_tiler.encoder.torch import TorchEncoder
+from geocentroids_tiler.errors import EncoderError
+
+pytestmark = pytest.mark.torch
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    limit: float
+    measured: float
+    reason: str
+
+
+TOLERANCES = {
+    "torch": Tolerance(1e-5, 0.0, "the same operations; another attention kernel may round differently"),
+    "onnx": Tolerance(2e-5, 0.0, "share of the largest token; other matrix kernels, fp32"),
+    "similarity": Tolerance(2e-6, 0.0, "share of |t| |c|; sums of D products in fp32"),
+    "near tie": Tolerance(2e-6, 0.0, "float64 margin, as a share of |t| |c|, below which fp32 may choose otherwise"),
+    "notebook fp32": Tolerance(0.999, 1.0, "share of equal labels; fp32 noise against margins of real features"),
+    "notebook bf16": Tolerance(0.99, 0.0, "share of equal labels; bf16 keeps 8 bits"),
+    "notebook fp16 features": Tolerance(0.99, 0.0, "share of equal labels; the notebook rounds its features to fp16"),
+}
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with registers."""
+    return save_model(tmp_path_factory.mktemp("tiny"), "registers", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "encoder.onnx"
+    export_onnx(str(tiny), path, window_patches=16, mean=MEAN, std=STD)
+    return path
+
+
+def torch_encoder(folder: Path, **options: Any) -> TorchEncoder:
+    options = {"window_patches": 16, "device": "cpu", "local_files_only": True} | options
+    return TorchEncoder(str(folder), mean=MEAN, std=STD, **options)
+
+
+@pytest.fixture(
+    params=[
+        "onnx-1",
+        "onnx-4",
+        "torch-1",
+        "torch-4",
+        "torch-bf16-4",
+        pytest.param("torch-cuda-8", marks=needs_cuda),
+    ]
+)
+def encoder(request: pytest.FixtureRequest, tiny: Path, tiny_onnx: Path) -> Any:
+    """An encoder of the tiny checkpoint: backend, precision or device, windows of one run."""
+    backend, *middle, batch = request.param.split("-")
+    if backend == "onnx":
+        return OnnxEncoder(tiny_onnx, provider="cpu", batch_windows=int(batch))
+    device = "cuda" if "cuda" in middle else "cpu"
+    precision = "bf16" if "bf16" in middle else "auto"
+    return torch_encoder(tiny, batch_windows=int(batch), precision=precision, device=device)
+
+
+@pytest.fixture(params=["onnx", "torch"])
+def fp32_encoder(request: pytest.FixtureRequest, tiny: Path, tiny_onnx: Path) -> Any:
+    return OnnxEncoder(tiny_onnx, provider="cpu") if request.param == "onnx" else torch_encoder(tiny)
+
+
+def source_of(tiny: Path | None, onnx_path: Path | None, **changes: Any) -> EncoderSource:
+    source = EncoderSource(
+        onnx_path=onnx_path,
+        model=str(tiny) if tiny else None,
+        revision=None,
+        architecture="dinov2_with_registers",
+        dim=64,
+        patch_px=14,
+        register_tokens=4,
+        window_patches=16,
+        mean=MEAN,
+        std=STD,
+        sha256=None,
+        allow_download=False,
+    )
+    return replace(source, **changes)
+
+
+def transformers_tokens(model: Any, windows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Tokens (N, P, P, D) by transformers alone."""
+    side = windows.shape[1] // 14
+    pixels = (windows.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    with torch.inference_mode():
+        hidden = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).last_hidden_state
+    registers = getattr(model.config, "num_register_tokens", 0)
+    tokens: NDArray[np.float32] = hidden[:, 1 + registers :].float().numpy()
+    return tokens.reshape(len(windows), side, side, -1)
+
+
+def fetch_all(encoder: Any, windows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.stack([encoder.fetch(handle) for handle in encoder.encode(windows)])
+
+
+def handle_of(encoder: Any, tokens: NDArray[np.float32]) -> Any:
+    """Tokens (P, P, D) as a handle of the encoder."""
+    if isinstance(encoder, TorchEncoder):
+        return torch.from_numpy(tokens)
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tokens[None]))
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window_patches", [16, 32])
+def test_tokens_are_those_of_transformers(checkpoint: Path, tmp_path: Path, window_patches: int) -> None:
+    windows = scenes(2, 14 * window_patches, seed=3)
+    expected = transformers_tokens(AutoModel.from_pretrained(checkpoint), windows)
+
+    by_torch = torch_encoder(checkpoint, window_patches=window_patches)
+    found = fetch_all(by_torch, windows)
+    assert found.shape == (2, window_patches, window_patches, 64)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= TOLERANCES["torch"].limit * np.abs(expected).max()
+
+    path = tmp_path / "encoder.onnx"
+    report = export_onnx(str(checkpoint), path, window_patches=window_patches, mean=MEAN, std=STD)
+    by_onnx = OnnxEncoder(path, provider="cpu")
+    assert (by_onnx.dim, by_onnx.window_patches, by_onnx.spec.patch_px) == (64, window_patches, 14)
+    found = fetch_all(by_onnx, windows)
+    assert np.abs(found - expected).max() <= TOLERANCES["onnx"].limit * np.abs(expected).max()
+    assert report.size_bytes == path.stat().st_size
+
+
+def test_a_position_grid_other_than_the_window(tmp_path: Path) -> None:
+    """The published checkpoints have a grid of 37 x 37; 16 x 16 come from it by interpolation."""
+    folder = save_model(tmp_path / "model", "registers", image_size=518)
+    windows = scenes(1, 224)
+    expected = transformers_tokens(AutoModel.from_pretrained(folder), windows)
+    export_onnx(str(folder), tmp_path / "encoder.onnx", window_patches=16, mean=MEAN, std=STD)
+    found = fetch_all(OnnxEncoder(tmp_path / "encoder.onnx", provider="cpu"), windows)
+    assert np.abs(found - expected).max() <= TOLERANCES["onnx"].limit * np.abs(expected).max()
+
+
+def test_fp16_file_is_half_as_large_and_computes_in_fp32(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.onnx"
+    export_onnx(str(tiny), path, window_patches=16, mean=MEAN, std=STD, weights="fp16")
+    assert path.stat().st_size < 0.65 * tiny_onnx.stat().st_size
+    model = AutoModel.from_pretrained(tiny)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.half().float()
+    windows = scenes(2, 224)
+    expected = transformers_tokens(model, windows)
+    found = fetch_all(OnnxEncoder(path, provider="cpu"), windows)
+    assert np.abs(found - expected).max() <= TOLERANCES["onnx"].limit * np.abs(expected).max()
+
+
+def test_info_and_sizes(encoder: Any) -> None:
+    (handle,) = encoder.encode(scenes(1, 224))
+    held = handle.numel() * handle.element_size() if torch.is_tensor(handle) else handle.numpy().nbytes
+    assert encoder.token_bytes() == held
+    if torch.is_tensor(handle):
+        assert handle.untyped_storage().nbytes() == held  # no view that keeps its batch in memory
+    assert encoder.info.backend in ("onnxruntime", "torch")
+    assert encoder.dim == 64
+    assert encoder.window_patches == 16
+
+
+def test_no_windows_and_wrong_windows(encoder: Any) -> None:
+    assert encoder.encode(np.zeros((0, 224, 224, 3), np.uint8)) == []
+    with pytest.raises(EncoderError, match=r"float32 \(1, 224, 224, 3\), allowed: uint8 \(N, 224, 224, 3\)"):
+        encoder.encode(np.zeros((1, 224, 224, 3), np.float32))
+    with pytest.raises(EncoderError, match=r"\(1, 448, 448, 3\)"):
+        encoder.encode(np.zeros((1, 448, 448, 3), np.uint8))
+
+
+# ---- a label does not depend on its batch ------------------------------------------------------------------
+
+
+def labels_of(
+    encoder: Any, windows: NDArray[np.uint8], centroids: NDArray[np.float32]
+) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+    assigner = encoder.assigner(centroids, "l2", ChunkLayout(16, 3, 10))
+    labels, similarity = assigner.assign([[handle] for handle in encoder.encode(windows)])
+    return labels, similarity
+
+
+def test_batch_invariance(encoder: Any) -> None:
+    windows = scenes(9, 224, seed=4)
+    windows[3] = 30  # flat ground, where near ties are
+    windows[7] = np.arange(224, dtype=np.uint8)[:, None, None]
+    tokens = fetch_all(encoder, windows)
+    # centroids in pairs a rounding error apart: the least change of a token flips a label
+    near = tokens.reshape(-1, 64)[::23]
+    centroids = np.concatenate([near, np.nextafter(near, np.float32(9))])
+    labels, similarity = labels_of(encoder, windows, centroids)
+
+    orders = [np.array([i]) for i in range(9)]  # alone
+    orders += [np.arange(9)[::-1], np.array([5, 0, 8, 2, 7, 1, 4, 6, 3])]  # another order
+    orders += [np.arange(k) for k in (2, 3, 5, 7)]  # other sizes of the call
+    orders += [np.array([3, 3, 3, 0, 3])]  # the same window at several places of a batch
+    for order in orders:
+        assert np.array_equal(fetch_all(encoder, windows[order]), tokens[order])
+        found, found_similarity = labels_of(encoder, windows[order], centroids)
+        assert np.array_equal(found, labels[order])
+        assert np.array_equal(found_similarity, similarity[order])
+
+
+def grouped_assigner(encoder: Any, centroids: NDArray[np.float32], layout: ChunkLayout, chunks: int) -> Any:
+    """An assigner that labels several chunks in one run, as on a GPU."""
+    if isinstance(encoder, TorchEncoder):
+        assigner = encoder.assigner(centroids, "inner_product", layout)
+        assigner._chunks = chunks
+        return assigner
+    table = centroid_table(centroids, "inner_product")
+    graph = assign_graph(table, "inner_product", layout, chunks=chunks, explicit_ties=True)
+    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    return OnnxAssigner(session, table.labels, layout, chunks)
+
+
+def test_chunks_grouped_in_padded_runs(encoder: Any) -> None:
+    handles = encoder.encode(scenes(6, 224, seed=5))
+    tokens = np.stack([encoder.fetch(handle) for handle in handles])
+    centroids = tokens.reshape(-1, 64)[::7]
+    layout = ChunkLayout(16, 3, 5)
+    random = np.random.default_rng(0)
+    chunks = [[handles[i] for i in random.integers(0, 6, 4)] for _ in range(11)]
+    grouped = grouped_assigner(encoder, centroids, layout, chunks=4)
+    labels, similarity = grouped.assign(chunks)
+    for order in ([10], [3], [10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [0, 0, 5]):
+        found, found_similarity = grouped.assign([chunks[i] for i in order])
+        assert np.array_equal(found, labels[order])
+        assert np.array_equal(found_similarity, similarity[order])
+    single, single_similarity = encoder.assigner(centroids, "inner_product", layout).assign(chunks)
+    assert np.abs(single_similarity - similarity).max() <= 1e-5 * np.abs(similarity).max()
+    assert (single == labels).mean() > 0.99
+
+
+# ---- assignment against float64 ----------------------------------------------------------------------------
+
+
+def brute_force(
+    tokens: NDArray[np.float64], centroids: NDArray[np.float64], metric: str
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Label, similarity and margin to the second best of tokens (R, D), in the metric's own terms."""
+    if metric == "inner_product":
+        scores = tokens @ centroids.T
+    elif metric == "cosine":
+        lengths = np.linalg.norm(tokens, axis=1)[:, None] * np.linalg.norm(centroids, axis=1)
+        scores = tokens @ centroids.T / lengths
+    else:
+        scores = -np.sqrt(((tokens[:, None] - centroids) ** 2).sum(axis=2))
+    ranked = np.sort(scores, axis=1)
+    return scores.argmax(axis=1), ranked[:, -1], ranked[:, -1] - ranked[:, -2]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("stride", [10, 5])
+def test_labels_are_those_of_float64(fp32_encoder: Any, metric: str, stride: int) -> None:
+    layout = ChunkLayout(16, 3, stride)
+    random = np.random.default_rng(6)
+    tokens = random.normal(size=(6, 16, 16, 64)).astype(np.float32) + np.float32(0.5)
+    centroids = (random.normal(size=(300, 64)) * random.uniform(0.5, 2, (300, 1))).astype(np.float32) + 1
+    handles = [handle_of(fp32_encoder, window) for window in tokens]
+    chosen = random.integers(0, 6, (7, len(layout.parts)))
+    labels, similarity = fp32_encoder.assigner(centroids, metric, layout).assign(
+        [[handles[i] for i in chunk] for chunk in chosen]
+    )
+    assert labels.shape == similarity.shape == (7, stride, stride)
+    assert (labels.dtype, similarity.dtype) == (np.uint16, np.float32)
+
+    # blended by hand: a tent over the 10 core patches, each patch's weights summing to 1
+    tent = np.minimum(np.arange(10) + 0.5, 9.5 - np.arange(10))
+    shares = tent.reshape(-1, stride) / tent.reshape(-1, stride).sum(axis=0)
+    for n, chunk in enumerate(chosen):
+        blended = np.zeros((stride, stride, 64))
+        for a in range(10 // stride):
+            for b in range(10 // stride):
+                row, col = 3 + a * stride, 3 + b * stride
+                window = tokens[chunk[a * (10 // stride) + b]].astype(np.float64)
+                part = window[row : row + stride, col : col + stride]
+                blended += shares[a][:, None, None] * shares[b][None, :, None] * part
+        flat = blended.reshape(-1, 64)
+        expected, value, margin = brute_force(flat, centroids.astype(np.float64), metric)
+        scale = 1.0 if metric == "cosine" else float(np.abs(value).max())
+        clear = margin > TOLERANCES["near tie"].limit * scale
+        assert clear.mean() > 0.99
+        assert np.array_equal(labels[n].ravel()[clear], expected[clear])
+        assert np.abs(similarity[n].ravel() - value).max() <= TOLERANCES["similarity"].limit * scale
+
+
+def test_distance_does_not_cancel(fp32_encoder: Any) -> None:
+    """A token that is a centroid is at distance 0, and one a little beside it at that little."""
+    tokens = 30 * np.random.default_rng(7).normal(size=(16, 16, 64)).astype(np.float32)
+    centroids = tokens.reshape(-1, 64).copy()
+    assigner = fp32_encoder.assigner(centroids, "l2", ChunkLayout(16, 0, 16))
+    labels, similarity = assigner.assign([[handle_of(fp32_encoder, tokens)]])
+    assert np.array_equal(labels.ravel(), np.arange(256))
+    assert (similarity == 0).all()
+    beside = tokens.copy()
+    beside[..., 5] += np.float32(2**-10)
+    _, similarity = assigner.assign([[handle_of(fp32_encoder, beside)]])
+    exact = -np.abs(beside[..., 5].astype(np.float64) - tokens[..., 5])
+    assert np.abs(similarity[0] - exact).max() <= 1e-9
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("margin", "stride"), [(7, 1), (7, 2), (0, 16)])
+def test_ties_go_to_the_lowest_index(fp32_encoder: Any, metric: str, margin: int, stride: int) -> None:
+    random = np.random.default_rng(8)
+    distinct = random.normal(size=(20, 64)).astype(np.float32)
+    centroids = distinct[random.integers(0, 20, 1001)]
+    centroids[-1] = centroids[0]
+    window = handle_of(fp32_encoder, distinct[random.integers(0, 20, 256)].reshape(16, 16, 64))
+    layout = ChunkLayout(16, margin, stride)
+    labels, _ = fp32_encoder.assigner(centroids, metric, layout).assign([[window] * len(layout.parts)])
+    for label in np.unique(labels):
+        assert label == np.flatnonzero((centroids == centroids[label]).all(axis=1))[0]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_both_ways_to_break_ties_agree(metric: Any) -> None:
+    random = np.random.default_rng(9)
+    layout = ChunkLayout(4, 0, 4)
+    tokens = random.normal(size=(1, 4, 4, 8)).astype(np.float32)
+    table = centroid_table(random.normal(size=(50, 8)).astype(np.float32), metric)
+    tied = replace(table, rows=np.tile(table.rows, (2, 1)), bias=None if table.bias is None else np.tile(table.bias, 2))
+    outputs = []
+    for explicit in (False, True):
+        graph = assign_graph(tied, metric, layout, chunks=1, explicit_ties=explicit)
+        session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        outputs.append(session.run(None, {"tokens_0_0": tokens}))
+    assert np.array_equal(outputs[0][0], outputs[1][0])
+    assert np.array_equal(outputs[0][1], outputs[1][1])
+    assert outputs[0][0].max() < 50
+
+
+def test_a_zero_token_has_no_direction(fp32_encoder: Any) -> None:
+    centroids = np.eye(3, 64, dtype=np.float32)
+    zero = handle_of(fp32_encoder, np.zeros((16, 16, 64), np.float32))
+    labels, similarity = fp32_encoder.assigner(centroids, "cosine", ChunkLayout(16, 3, 10)).assign([[zero]])
+    assert (labels == 0).all()
+    assert (similarity == 0).all()
+
+
+def test_as_many_centroids_as_labels(fp32_encoder: Any) -> None:
+    centroids = np.random.default_rng(10).normal(size=(65535, 64)).astype(np.float32)
+    tokens = np.zeros((16, 16, 64), np.float32)
+    tokens[5:7, 5:7] = centroids[-1]
+    labels, _ = fp32_encoder.assigner(centroids, "l2", ChunkLayout(16, 5, 6)).assign(
+        [[handle_of(fp32_encoder, tokens)]]
+    )
+    assert (labels[0, :2, :2] == 65534).all()
+    with pytest.raises(EncoderError, match="K from 1 to 65535"):
+        fp32_encoder.assigner(np.zeros((65536, 64), np.float32), "l2", ChunkLayout(16, 5, 6))
+
+
+def test_no_chunks(fp32_encoder: Any) -> None:
+    labels, similarity = fp32_encoder.assigner(np.eye(3, 64, dtype=np.float32), "l2", ChunkLayout(16, 3, 5)).assign([])
+    assert labels.shape == similarity.shape == (0, 5, 5)
+
+
+def test_assigner_refuses(fp32_encoder: Any) -> None:
+    centroids, layout = np.eye(3, 64, dtype=np.float32), ChunkLayout(16, 3, 5)
+    for bad, metric, where, message in (
+        (centroids[:, :63], "l2", layout, r"shape \(3, 63\), allowed: \(K, 64\)"),
+        (centroids * np.float32(np.nan), "l2", layout, "not finite"),
+        (centroids, "euclidean", layout, "'euclidean', allowed: inner_product, cosine, l2"),
+        (centroids, "l2", ChunkLayout(32, 3, 13), "32 patches a side, the encoder's 16"),
+        (centroids, "l2", ChunkLayout(16, 3, 7), "margin 3 and stride 7"),
+    ):
+        with pytest.raises(EncoderError, match=message):
+            fp32_encoder.assigner(bad, metric, where)
+    with pytest.raises(EncoderError, match="tokens of 1 windows, its layout says 4"):
+        fp32_encoder.assigner(centroids, "l2", layout).assign([[None]])
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+def changed(tiny_onnx: Path, path: Path, change: Callable[[Any], None]) -> Path:
+    model = onnx.load(tiny_onnx)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def rename_input(model: Any) -> None:
+    model.graph.input[0].name = "pixels"
+
+
+def float_input(model: Any) -> None:
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
+
+
+def half_output(model: Any) -> None:
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+def flat_output(model: Any) -> None:
+    del model.graph.output[0].type.tensor_type.shape.dim[3]
+
+
+def dynamic_side(model: Any) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "S"
+
+
+def uneven_side(model: Any) -> None:
+    for axis in (1, 2):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 225
+
+
+def second_output(model: Any) -> None:
+    model.graph.output.append(helper.make_tensor_value_info("cls", TensorProto.FLOAT, ["N", 64]))
+
+
+def compiled_engine(model: Any) -> None:
+    node = helper.make_node("EPContext", [], ["engine"], domain="com.microsoft", ep_cache_context="/etc/passwd")
+    model.graph.node.append(node)
+
+
+def external_weight(model: Any) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../etc/passwd")
+
+
+def external_in_subgraph(model: Any) -> None:
+    tensor = TensorProto(name="hidden", data_type=TensorProto.FLOAT, dims=[1])
+    tensor.data_location = TensorProto.EXTERNAL
+    body = helper.make_graph([helper.make_node("Constant", [], ["c"], value=tensor)], "body", [], [])
+    model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=body, else_branch=body))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename_input, r"'pixels' uint8 \(N, 224, 224, 3\).*allowed: input 'windows' uint8"),
+        (float_input, r"'windows' float \(N, 224, 224, 3\)"),
+        (half_output, r"'tokens' float16"),
+        (flat_output, r"'tokens' float \(N, 16, 16\)"),
+        (dynamic_side, r"'windows' uint8 \(N, S, 224, 3\)"),
+        (uneven_side, r"\(N, 225, 225, 3\)"),
+        (second_output, r"'cls' float"),
+        (compiled_engine, "com.microsoft::EPContext"),
+        (external_weight, "external data"),
+        (external_in_subgraph, "'hidden' in another file"),
+    ],
+)
+def test_onnx_file_refused(tiny_onnx: Path, tmp_path: Path, change: Any, message: str) -> None:
+    path = changed(tiny_onnx, tmp_path / "bad.onnx", change)
+    with pytest.raises(EncoderError, match=message) as caught:
+        OnnxEncoder(path)
+    assert str(path) in str(caught.value)
+
+
+def test_real_external_data_refused(tiny_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    onnx.save_model(onnx.load(tiny_onnx), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    with pytest.raises(EncoderError, match="external data"):
+        OnnxEncoder(path)
+
+
+def test_no_onnx_file(tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match=r"none\.onnx: cannot be read: No such file"):
+        OnnxEncoder(tmp_path / "none.onnx")
+    for content in (b"", b"GIF89a not a model"):
+        (tmp_path / "bad.onnx").write_bytes(content)
+        with pytest.raises(EncoderError, match="is not an ONNX model"):
+            OnnxEncoder(tmp_path / "bad.onnx")
+
+
+def test_provider_refused(tiny_onnx: Path) -> None:
+    for name in ("tpu", "openvino"):
+        with pytest.raises(EncoderError, match=f"provider '{name}' is not available.*available: auto, .*cpu"):
+            OnnxEncoder(tiny_onnx, provider=name)
+
+
+def test_a_file_with_a_fixed_batch(tiny_onnx: Path, tmp_path: Path) -> None:
+    def fix(model: Any) -> None:
+        for value in (model.graph.input[0], model.graph.output[0]):
+            value.type.tensor_type.shape.dim[0].dim_value = 2
+
+    path = changed(tiny_onnx, tmp_path / "fixed.onnx", fix)
+    assert OnnxEncoder(path, provider="cpu").batch_windows == 2
+    with pytest.raises(EncoderError, match="fixes batches of 2 windows, 4 were asked for"):
+        OnnxEncoder(path, batch_windows=4)
+
+
+def test_device_and_precision_refused(tiny: Path) -> None:
+    for name in ("cuda:99", "abacus", "mps"):
+        with pytest.raises(EncoderError, match=f"device '{name}' is not available.*available: auto, cpu"):
+            torch_encoder(tiny, device=name)
+    with pytest.raises(EncoderError, match="'int4', allowed with torch: auto, fp32, bf16"):
+        torch_encoder(tiny, precision="int4")
+    with pytest.raises(EncoderError, match="batch_windows is 0"):
+        torch_encoder(tiny, batch_windows=0)
+
+
+def test_pickled_weights_are_never_loaded(tiny: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny / "config.json", tmp_path)
+    torch.save(load_file(tiny / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(EncoderError, match=r"found config\.json, pytorch_model\.bin, allowed: .*safetensors"):
+        torch_encoder(tmp_path)
+
+
+def test_missing_weights_are_not_made_up(tiny: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny / "config.json", tmp_path)
+    weights = load_file(tiny / "model.safetensors")
+    del weights["layernorm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EncoderError, match=r"lacks the weights layernorm\.weight"):
+        torch_encoder(tmp_path)
+
+
+def test_checkpoint_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match=r"no config\.json"):
+        torch_encoder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(EncoderError, match="model_type is 'vit', allowed: dinov2, dinov2_with_registers"):
+        torch_encoder(tmp_path)
+    shutil.copy(tiny / "config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        torch_encoder(tmp_path)
+    with pytest.raises(EncoderError, match="downloads are not allowed"):
+        TorchEncoder("nobody/nothing", window_patches=16, mean=MEAN, std=STD, local_files_only=True)
+    with pytest.raises(EncoderError, match="neither a directory nor a hub id"):
+        TorchEncoder("/no/such/directory", window_patches=16, mean=MEAN, std=STD, local_files_only=True)
+
+
+# ---- export ------------------------------------------------------------------------------------------------
+
+
+def test_export_is_quiet_and_describes_itself(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new folder" / "encoder.onnx"
+    report = export_onnx(str(tiny), path, window_patches=16, mean=MEAN, std=STD, weights="fp16")
+    assert capfd.readouterr() == ("", "")
+    assert list(path.parent.iterdir()) == [path]
+    assert report.max_difference <= TOLERANCES["onnx"].limit
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert metadata == {
+        "source": tiny.name,
+        "revision": "",
+        "weights": "fp16",
+        "architecture": "dinov2_with_registers",
+        "patch_px": "14",
+        "window_patches": "16",
+        "registers": "4",
+        "dim": "64",
+        "mean": "[0.485, 0.456, 0.406]",
+        "std": "[0.229, 0.224, 0.225]",
+    }
+
+
+def test_export_leaves_the_old_file_if_the_new_one_is_wrong(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "encoder.onnx"
+    path.write_bytes(b"old")
+    options: dict[str, Any] = {"window_patches": 16, "mean": MEAN, "std": STD}
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "MAX_DIFFERENCE", 0.0)
+        with pytest.raises(EncoderError, match="the exported tokens differ"):
+            export_onnx(str(tiny), path, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "MAX_FILE_BYTES", 1000)
+        with pytest.raises(EncoderError, match="do not fit one ONNX file"):
+            export_onnx(str(tiny), path, **options)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_export_refuses_what_fp16_cannot_hold(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("fc1.weight"))
+    weights[name][0, 0] = 1e6
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EncoderError, match="beyond the range of fp16"):
+        export_onnx(str(folder), tmp_path / "x.onnx", window_patches=16, mean=MEAN, std=STD, weights="fp16")
+
+
+# ---- load_encoder ------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_onnx_then_torch(tiny: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_encoder(source_of(tiny, tiny_onnx)).info.backend == "onnxruntime"
+    assert load_encoder(source_of(tiny, tiny_onnx), backend="torch").info.backend == "torch"
+    assert load_encoder(source_of(tiny, None), threads=torch.get_num_threads()).info.backend == "torch"
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert load_encoder(source_of(tiny, tiny_onnx)).info.backend == "torch"
+
+
+def test_missing_extras_say_what_to_install(tiny: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EncoderError, match=r"pip install 'geocentroids-tiler\[cpu\]' .*\[gpu\]'") as caught:
+        load_encoder(source_of(None, tiny_onnx))
+    assert "[torch]" not in str(caught.value)  # it would not help: there is no checkpoint
+    with pytest.raises(EncoderError, match=r"\[cpu\]"):
+        load_encoder(source_of(tiny, tiny_onnx), backend="onnx")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(EncoderError, match=r"\[cpu\].*pip install 'geocentroids-tiler\[torch\]'"):
+        load_encoder(source_of(tiny, tiny_onnx))
+    for backend in ("auto", "torch"):
+        with pytest.raises(EncoderError, match=r"needs PyTorch and transformers: pip install .*\[torch\]"):
+            load_encoder(source_of(tiny, None), backend=backend)
+
+
+def test_backends_that_a_source_does_not_offer(tiny: Path, tiny_onnx: Path) -> None:
+    with pytest.raises(EncoderError, match="without an ONNX file; make one with geocentroids export-onnx"):
+        load_encoder(source_of(tiny, None), backend="onnx")
+    with pytest.raises(EncoderError, match="ONNX file only"):
+        load_encoder(source_of(None, tiny_onnx), backend="torch")
+    with pytest.raises(EncoderError, match="neither an ONNX file nor a model"):
+        load_encoder(source_of(None, None))
+    with pytest.raises(EncoderError, match="'jax', allowed: auto, onnx, torch"):
+        load_encoder(source_of(tiny, tiny_onnx), backend="jax")
+    with pytest.raises(EncoderError, match="'bf16', allowed with onnx: auto, fp32"):
+        load_encoder(source_of(tiny, tiny_onnx), backend="onnx", precision="bf16")
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_another_encoder_than_the_codebook_names(tiny: Path, tiny_onnx: Path, backend: str) -> None:
+    for change, message in (
+        ({"dim": 768}, "dim is 64, expected 768"),
+        ({"register_tokens": 0}, "registers is 4, expected 0"),
+        ({"patch_px": 16}, "patch_px is 14, expected 16"),
+        ({"sha256": "0" * 64}, "SHA-256 is [0-9a-f]{64}, expected 0000"),
+    ):
+        with pytest.raises(EncoderError, match=message):
+            load_encoder(source_of(tiny, tiny_onnx, **change), backend=backend)
+    if backend == "onnx":
+        for change, message in (
+            ({"window_patches": 32}, "window_patches is 16, expected 32"),
+            ({"mean": (0.5, 0.5, 0.5)}, r"mean is \[0.485, 0.456, 0.406\], expected \[0.5, 0.5, 0.5\]"),
+        ):
+            with pytest.raises(EncoderError, match=message):
+                load_encoder(source_of(tiny, tiny_onnx, **change), backend=backend)
+
+
+def test_the_right_digest_is_accepted(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+    report = export_onnx(str(tiny), tmp_path / "again.onnx", window_patches=16, mean=MEAN, std=STD)
+    load_encoder(source_of(None, tiny_onnx, sha256=report.sha256))  # so an export is reproducible, too
+
+
+def test_importing_the_package_imports_no_framework() -> None:
+    code = (
+        "import sys, geocentroids_tiler.encoder;"
+        "print(*{'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+# ---- the published notebook --------------------------------------------------------------------------------
+
+
+def processor() -> Any:
+    """The image processor of the published checkpoint."""
+    return BitImageProcessorPil(
+        do_resize=True,
+        size={"shortest_edge": 256},
+        resample=3,
+        do_center_crop=True,
+        crop_size={"height": 224, "width": 224},
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    )
+
+
+def notebook_features(model: Any, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Features (N * 256, D) as the notebook computes them, before it casts them to float16."""
+    pixels = processor()(list(images), return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        hidden = [model(image[None]).last_hidden_state[0, 5:] for image in pixels]
+    features: NDArray[np.float32] = torch.cat(hidden).numpy()
+    return features
+
+
+@dataclass(frozen=True)
+class Notebook:
+    folder: Path
+    windows: NDArray[np.uint8]
+    centroids: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    half_labels: NDArray[np.int64]
+    margins: NDArray[np.float32]
+
+
+@pytest.fixture(scope="session")
+def notebook(tmp_path_factory: pytest.TempPathFactory) -> Notebook:
+    """The notebook's labels by transformers and faiss, for a ViT-B/14 with 4 registers and random weights.
+
+    6,144 centroids are means of two features each of other images, so that none is a token that is looked up.
+    """
+    folder = tmp_path_factory.mktemp("base")
+    base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 518}
+    make_model("registers", seed=2, **base).save_pretrained(folder)
+    model = Dinov2WithRegistersModel.from_pretrained(folder).eval()
+    images = scenes(4, 224, seed=12)
+    known = notebook_features(model, scenes(6, 224, seed=11))
+    first, second = np.triu_indices(len(known), 1)
+    pairs = np.random.default_rng(13).choice(len(first), 6144, replace=False)
+    centroids = 0.5 * (known[first[pairs]] + known[second[pairs]])
+    index = faiss.IndexFlatIP(768)
+    index.add(centroids)
+    features = notebook_features(model, images)
+    values, labels = index.search(features, 2)
+    half = features.astype(np.float16).astype(np.float32)
+    windows = processor()(list(images), do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    assert windows.dtype == np.uint8  # what our encoder is given is what the network saw
+    return Notebook(
+        folder=folder,
+        windows=windows.transpose(0, 2, 3, 1),
+        centroids=centroids,
+        labels=labels[:, 0],
+        half_labels=index.search(half, 1)[1][:, 0],
+        margins=values[:, 0] - values[:, 1],
+    )
+
+
+def agreement(encoder: Any, notebook: Notebook, labels: NDArray[np.int64]) -> float:
+    assigner = encoder.assigner(notebook.centroids, "inner_product", ChunkLayout(16, 0, 16))
+    found, _ = assigner.assign([[handle] for handle in encoder.encode(notebook.windows)])
+    return float((found.ravel() == labels).mean())
+
+
+def test_the_notebook_test_means_something(notebook: Notebook) -> None:
+    """Many classes, and margins neither all wide nor all ties."""
+    assert len(np.unique(notebook.labels)) >= 100
+    low, middle = np.percentile(notebook.margins, [1, 50])
+    assert 1e-3 < low < 1
+    assert middle < 20
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_the_notebook_s_labels(notebook: Notebook, backend: str, tmp_path: Path) -> None:
+    encoder: Any
+    if backend == "onnx":
+        export_onnx(str(notebook.folder), tmp_path / "base.onnx", window_patches=16, mean=MEAN, std=STD)
+        encoder = OnnxEncoder(tmp_path / "base.onnx", provider="cpu")
+    else:
+        encoder = torch_encoder(notebook.folder)
+    assert agreement(encoder, notebook, notebook.labels) >= TOLERANCES["notebook fp32"].limit
+    assert agreement(encoder, notebook, notebook.half_labels) >= TOLERANCES["notebook fp16 features"].limit
+
+
+def test_the_notebook_s_labels_in_bf16(notebook: Notebook) -> None:
+    encoder = torch_encoder(notebook.folder, precision="bf16")
+    assert agreement(encoder, notebook, notebook.labels) >= TOLERANCES["notebook bf16"].limit
+
+
+# ---- the embedded encoder ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (SHARED / "nano").is_dir(), reason="the nano checkpoint is not here")
+def test_nano(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.onnx"
+    report = export_onnx(str(SHARED / "nano"), path, window_patches=16, mean=MEAN, std=STD, weights="fp16")
+    assert report.size_bytes < 5.95e6
+    windows = scenes(2, 224)
+    expected = transformers_tokens(AutoModel.from_pretrained(SHARED / "nano"), windows).reshape(-1, 192)
+    found = fetch_all(OnnxEncoder(path, provider="cpu"), windows).reshape(-1, 192)
+    cosine = (found * expected).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosine.min() > 0.999  # fp16 weights against the checkpoint's fp32
