@@ -1,0 +1,51 @@
+/** What the server answers, reduced to what the viewer uses. Optional fields may be missing. */
+
+/** West, south, east, north in degrees. */
+export type Bounds = readonly [number, number, number, number];
+
+export interface TileJson {
+  readonly tiles: readonly string[];
+  readonly bounds: Bounds;
+  readonly minzoom: number;
+  readonly maxzoom: number;
+  readonly attribution: string;
+}
+
+export interface Info {
+  readonly warnings: readonly string[];
+  readonly classesAvailable: boolean;
+}
+
+export interface Codebook {
+  readonly name: string;
+  readonly title: string;
+  readonly classes: number | null;
+  readonly installed: boolean;
+}
+
+/** A class as it is shown in lists. `color` is `#rrggbb`. */
+export interface ClassRef {
+  readonly label: number;
+  readonly color: string;
+  readonly name: string | null;
+}
+
+export interface Neighbour extends ClassRef {
+  readonly similarity: number | null;
+}
+
+export interface PointAnswer {
+  readonly found: Neighbour | null;
+  readonly neighbours: readonly Neighbour[];
+}
+
+export interface ClassArea extends ClassRef {
+  readonly areaM2: number;
+  readonly share: number;
+}
+
+export interface Statistics {
+  readonly areaM2: number;
+  readonly labelledM2: number;
+  readonly classes: readonly ClassArea[];
+}
