@@ -187,10 +187,16 @@ export function parseInfo(raw: unknown): Info {
 export function parseCodebooks(raw: unknown): Codebook[] {
   const entries = Array.isArray(raw) ? raw : list(record(raw).codebooks);
   return entries.flatMap((entry) => {
-    const { name, title, classes, installed } = typeof entry === "string" ? record({ name: entry }) : record(entry);
-    const known = text(name);
-    if (known === null) return [];
-    return [{ name: known, title: text(title) ?? known, classes: number(classes), installed: installed !== false }];
+    const fields = typeof entry === "string" ? { name: entry } : record(entry);
+    const name = text(fields.name);
+    if (name === null) return [];
+    return [{
+      name,
+      title: text(fields.title) ?? name,
+      classes: number(fields.classes),
+      installed: fields.installed !== false,
+      isDefault: fields.default === true,
+    }];
   });
 }
 

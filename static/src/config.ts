@@ -37,7 +37,7 @@ export function parseConfig(text: string, page: string): Config {
   return {
     endpoint: absolute(endpoint),
     sourceEndpoint: source,
-    codebooksUrl: absolute(given("codebooks_endpoint") ?? new URL("../geocentroids/codebooks", `${source}/`).href),
+    codebooksUrl: absolute(given("codebooks_url") ?? new URL("../geocentroids/codebooks", `${source}/`).href),
     url: given("url"),
     codebook: given("codebook"),
     demoUrl: given("demo_url"),

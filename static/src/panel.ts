@@ -163,7 +163,10 @@ export function renderCodebooks(select: HTMLSelectElement, codebooks: readonly C
     const note = notes.filter((each) => each !== "").join(", ");
     return option(name, note === "" ? text : `${text} (${note})`);
   });
-  if (chosen === null || codebooks.length === 0) options.unshift(option("", "Server's default"));
+  if (chosen === null) {
+    const standard = codebooks.find(({ isDefault }) => isDefault);
+    options.unshift(option("", standard === undefined ? "Server's default" : `Default: ${standard.title}`));
+  }
   if (chosen !== null && !codebooks.some(({ name }) => name === chosen)) options.push(option(chosen, chosen));
   select.replaceChildren(...options);
   select.value = chosen ?? "";

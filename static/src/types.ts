@@ -21,6 +21,8 @@ export interface Codebook {
   readonly title: string;
   readonly classes: number | null;
   readonly installed: boolean;
+  /** Whether the server takes this one where none is named. */
+  readonly isDefault: boolean;
 }
 
 /** A class as it is shown in lists. `color` is `#rrggbb`. */

@@ -94,9 +94,13 @@ test("info: warnings and whether classes can be merged", () => {
 });
 
 test("codebooks in each form they may come in", () => {
-  const nano = { name: "nano", title: "Nano", classes: 1024, installed: true };
-  assert.deepEqual(api.parseCodebooks({ codebooks: [nano, { title: "no name" }, null] }), [nano]);
-  assert.deepEqual(api.parseCodebooks(["nano"]), [{ name: "nano", title: "nano", classes: null, installed: true }]);
+  const nano = { name: "nano", title: "Nano", classes: 1024, installed: false };
+  assert.deepEqual(api.parseCodebooks({ codebooks: [{ ...nano, default: true }, { title: "no name" }, null] }), [
+    { ...nano, isDefault: true },
+  ]);
+  assert.deepEqual(api.parseCodebooks(["nano"]), [
+    { name: "nano", title: "nano", classes: null, installed: true, isDefault: false },
+  ]);
   assert.deepEqual(api.parseCodebooks({ detail: "?" }), []);
 });
 

@@ -54,7 +54,9 @@ test("configuration: endpoints become absolute and the rest may be missing", () 
     codebook: "nano",
     demoUrl: null,
   });
-  assert.equal(parseConfig('{"endpoint": "/a/cog/geocentroids"}', page).sourceEndpoint, "https://host/a/cog");
+  const mounted = { endpoint: "/a/cog/geocentroids", codebooks_url: "/a/geocentroids/codebooks" };
+  assert.equal(parseConfig(JSON.stringify(mounted), page).sourceEndpoint, "https://host/a/cog");
+  assert.equal(parseConfig(JSON.stringify(mounted), page).codebooksUrl, "https://host/a/geocentroids/codebooks");
 });
 
 test("a page without configuration says so", () => {
