@@ -22,7 +22,7 @@ COPY constraints.txt /tmp/constraints.txt
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/*.whl)[${VARIANT}]" \
     && useradd --create-home --uid 10001 geocentroids
-USER geocentroids
+USER 10001
 ENV PYTHONUNBUFFERED=1 \
     GEOCENTROIDS_CODEBOOKS_DIR=/home/geocentroids/codebooks
 EXPOSE 8000
