@@ -159,7 +159,7 @@ export function renderWarnings(root: HTMLElement, warnings: readonly string[]): 
 export function renderCodebooks(select: HTMLSelectElement, codebooks: readonly Codebook[], chosen: string | null): void {
   const option = (value: string, label: string): HTMLOptionElement => el("option", { attributes: { value } }, label);
   const options = codebooks.map(({ name, title: text, classes, installed }) => {
-    const notes = [classes === null ? "" : `${formatCount(classes)} classes`, installed ? "" : "not installed"];
+    const notes = [classes === null || /\bclasses\b/i.test(text) ? "" : `${formatCount(classes)} classes`, installed ? "" : "not installed"];
     const note = notes.filter((each) => each !== "").join(", ");
     return option(name, note === "" ? text : `${text} (${note})`);
   });
