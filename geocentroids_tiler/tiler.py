@@ -260,12 +260,16 @@ class ClassTilerFactory(TilerFactory):
             return self.viewer_page(request, tileMatrixSetId, url, codebook)
 
         @self.router.get("/viewer/{name}", include_in_schema=False)
-        async def viewer_file(name: str) -> Response:
+        async def viewer_file(request: Request, name: str) -> Response:
             """Return a script, a style or another file of the viewer."""
             found = viewer.asset(name)
             if found is None:
                 raise HTTPException(404, f"the viewer has no file {name!r}")
-            return Response(found[0], media_type=found[1], headers={"Cache-Control": "public, max-age=300"})
+            headers = {"Cache-Control": "public, max-age=300", "Vary": "Accept-Encoding"}
+            if "gzip" in request.headers.get("accept-encoding", ""):
+                headers["Content-Encoding"] = "gzip"
+                return Response(found.gzipped, media_type=found.media_type, headers=headers)
+            return Response(found.content, media_type=found.media_type, headers=headers)
 
     def viewer_page(
         self, request: Request, tms: str = "WebMercatorQuad", url: str | None = None, codebook: str | None = None
@@ -282,7 +286,9 @@ class ClassTilerFactory(TilerFactory):
             "tms": tms,
             "demo_url": self.service.settings.demo_url,
         }
-        return HTMLResponse(viewer.page(config, f"{endpoint}/viewer"))
+        # A path without a host: the page's own scheme and host hold, whatever a proxy in front of us speaks.
+        assets = f"{request.scope.get('root_path', '')}{self.router_prefix}{PREFIX}/viewer"
+        return HTMLResponse(viewer.page(config, assets))
 
     def info(self) -> None:
         """Register /info."""

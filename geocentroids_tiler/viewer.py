@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-import mimetypes
+from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -12,6 +13,14 @@ from typing import Any
 _PACKAGE = Path(__file__).parent
 _FOLDERS = (_PACKAGE / "static", _PACKAGE.parent / "static" / "dist")
 """Where a wheel and where a source checkout keep the built viewer."""
+
+_MEDIA_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+}
 
 _MISSING = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>geocentroids</title></head><body>
@@ -47,11 +56,21 @@ def page(config: dict[str, Any], assets: str) -> str:
     return html.replace("__GEOCENTROIDS_ASSETS__", escape(assets, quote=True)).replace("__GEOCENTROIDS_CONFIG__", data)
 
 
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A file of the viewer, plain and compressed."""
+
+    content: bytes
+    gzipped: bytes
+    media_type: str
+
+
 @lru_cache(maxsize=64)
-def asset(name: str) -> tuple[bytes, str] | None:
-    """Return the content and media type of a file of the viewer, or None if there is no such file."""
+def asset(name: str) -> Asset | None:
+    """Return a file of the viewer, or None if there is no such file."""
     built = folder()
     if built is None or name not in {path.name for path in built.iterdir() if path.is_file()}:
         return None
-    media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-    return (built / name).read_bytes(), media_type
+    content = (built / name).read_bytes()
+    media_type = _MEDIA_TYPES.get(Path(name).suffix, "application/octet-stream")
+    return Asset(content, gzip.compress(content, mtime=0), media_type)
