@@ -43,6 +43,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         service.close()
 
     app = FastAPI(title="geocentroids-tiler", version=__version__, lifespan=lifespan)
+    app.state.service = service
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,

@@ -60,7 +60,7 @@ async def read_params(
     ] = None,
 ) -> ReadParams:
     """Parse codebook, bidx and rescale."""
-    return ReadParams(codebook, _parse_bidx(bidx), _parse_rescale(rescale))
+    return ReadParams(codebook, parse_bidx(bidx), parse_rescale(rescale))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,12 @@ async def classes_param(
     return classes
 
 
-def _parse_bidx(bidx: list[int] | None) -> tuple[int, int, int] | None:
+def parse_bidx(bidx: list[int] | None) -> tuple[int, int, int] | None:
+    """Check three band numbers.
+
+    Raises:
+        InputError: if they are anything else.
+    """
     if not bidx:
         return None
     if len(bidx) != 3 or min(bidx) < 1:
@@ -115,7 +120,12 @@ def _parse_bidx(bidx: list[int] | None) -> tuple[int, int, int] | None:
     return bidx[0], bidx[1], bidx[2]
 
 
-def _parse_rescale(text: str | None) -> tuple[float, float] | None:
+def parse_rescale(text: str | None) -> tuple[float, float] | None:
+    """Parse ``LOW,HIGH``.
+
+    Raises:
+        InputError: if it is anything else, or not an interval.
+    """
     if text is None:
         return None
     try:
