@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -31,6 +31,7 @@ ARRAYS_FILE = "arrays.safetensors"
 ENCODER_FILE = "encoder.onnx"
 CARD_FILE = "README.md"
 NAMES_DIR = "names"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 NODATA_LABEL = 65535
 MAX_CENTROIDS = 65535
 
@@ -40,7 +41,7 @@ Triple = tuple[float, float, float]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class EncoderSection(_Section):
@@ -52,7 +53,9 @@ class EncoderSection(_Section):
     dim: int = Field(ge=1, le=65536)
     patch_px: int = Field(default=14, ge=1, le=64)
     register_tokens: int = Field(default=0, ge=0, le=64)
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="of encoder.onnx or model.safetensors"
+    )
 
 
 class PreprocessSection(_Section):
@@ -105,7 +108,7 @@ class Manifest(_Section):
     """Content of ``codebook.json``."""
 
     format: Literal["geocentroids-codebook/1"] = FORMAT
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME_PATTERN)
     version: str = Field(min_length=1, max_length=64)
     title: str
     licence: str
@@ -113,7 +116,7 @@ class Manifest(_Section):
     encoder: EncoderSection
     preprocess: PreprocessSection
     assignment: AssignmentSection
-    training: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +173,10 @@ class Codebook:
     def __post_init__(self) -> None:
         where = str(self.path / ARRAYS_FILE) if self.path else ARRAYS_FILE
         _check_arrays(self, where)
-        for array in (self.centroids, self.colors, self.counts, self.tree):
-            if array is not None:
-                array.flags.writeable = False
+        for key, array in _arrays_of(self).items():
+            view = array.view()  # the caller's own array stays as it was
+            view.flags.writeable = False
+            object.__setattr__(self, key, view)
 
     def __len__(self) -> int:
         return len(self.centroids)
@@ -281,10 +285,9 @@ def cut_tree(tree: NDArray[np.float64], n: int) -> NDArray[np.uint16]:
     parent = np.arange(k + len(tree))
     for i, (left, right) in enumerate(tree[: k - n, :2].astype(np.int64)):
         parent[left] = parent[right] = k + i
-    root = np.arange(k)
-    while not np.array_equal(up := parent[root], root):
-        root = up
-    first, lookup = np.unique(root, return_index=True)[1], np.unique(root, return_inverse=True)[1]
+    while not np.array_equal(up := parent[parent], parent):  # doubles the step, so a chain of K merges takes log K
+        parent = up
+    _, first, lookup = np.unique(parent[:k], return_index=True, return_inverse=True)
     rank = np.empty(n, np.uint16)
     rank[np.argsort(first)] = np.arange(n, dtype=np.uint16)
     return rank[lookup]
@@ -314,7 +317,9 @@ def load_codebook(path: Path | str) -> Codebook:
             f"{arrays_path} holds arrays {sorted(arrays)}; centroids and colors are required, "
             "counts and tree are optional, no others are allowed"
         )
-    codebook = Codebook(
+    if manifest.encoder.source == ENCODER_FILE:
+        manifest = _with_encoder_digest(manifest, path / ENCODER_FILE)
+    return Codebook(
         manifest=manifest,
         centroids=arrays["centroids"],
         colors=arrays["colors"],
@@ -323,9 +328,6 @@ def load_codebook(path: Path | str) -> Codebook:
         names=_load_names(path, len(arrays["centroids"])),
         path=path,
     )
-    if manifest.encoder.source == ENCODER_FILE and codebook.encoder_path is None:
-        raise CodebookError(f"{path / ENCODER_FILE} is missing, and {manifest_path} names it as the encoder")
-    return codebook
 
 
 def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: Path | None = None) -> Codebook:
@@ -338,7 +340,8 @@ def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: P
         encoder: an ONNX file to embed as ``encoder.onnx``.
 
     Returns:
-        The codebook as loaded from ``path``.
+        The codebook as loaded from ``path``. Where the embedded encoder is its source, its manifest holds the
+        encoder's SHA-256.
 
     Raises:
         CodebookError: if ``path`` holds something already, or what was written does not load.
@@ -346,12 +349,14 @@ def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: P
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CodebookError(f"{path} exists already; name a new directory or remove it first")
+    manifest = codebook.manifest
+    if encoder is not None and manifest.encoder.source == ENCODER_FILE:
+        manifest = _with_encoder_digest(manifest, encoder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as work:
         draft = Path(work) / "draft"
         draft.mkdir()
-        text = json.dumps(codebook.manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
-        (draft / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+        (draft / MANIFEST_FILE).write_text(manifest_text(manifest), encoding="utf-8")
         save_file(
             {key: np.ascontiguousarray(array) for key, array in _arrays_of(codebook).items()},
             draft / ARRAYS_FILE,
@@ -371,10 +376,47 @@ def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: P
     return load_codebook(path)
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """Return the content of ``codebook.json``."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def validation_problems(error: ValidationError) -> str:
+    """Return which fields were wrong, their values and what is allowed, in one line."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in item['loc']) or 'file'} = {_short(item['input'])}: {item['msg']}"
+        for item in error.errors()
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _with_encoder_digest(manifest: Manifest, encoder: Path) -> Manifest:
+    """Return ``manifest`` with the SHA-256 of its embedded encoder, which so becomes part of the codebook's digest."""
+    if not encoder.is_file():
+        raise CodebookError(f"{encoder} is missing, and {MANIFEST_FILE} names it as the encoder")
+    found, stated = file_sha256(encoder), manifest.encoder.sha256
+    if stated not in (None, found):
+        raise CodebookError(f"{encoder} has SHA-256 {found}; {MANIFEST_FILE} allows {stated} only")
+    return manifest.model_copy(update={"encoder": manifest.encoder.model_copy(update={"sha256": found})})
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+
+
 def _parse_manifest(path: Path) -> Manifest:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = _read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
         raise CodebookError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
@@ -382,29 +424,27 @@ def _parse_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc']) or 'file'} = {_short(item['input'])}: {item['msg']}"
-            for item in error.errors()
-        )
-        raise CodebookError(f"{path} is not a valid codebook manifest: {problems}") from error
+        raise CodebookError(f"{path} is not a valid codebook manifest: {validation_problems(error)}") from error
 
 
 def _load_names(path: Path, k: int) -> dict[int | None, dict[int, str]]:
     packs: dict[int | None, dict[int, str]] = {}
     for file in sorted((path / NAMES_DIR).glob("*.json")):
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = _read_json(file)
             n = content["classes"]
-            names = {int(key): str(value) for key, value in content["names"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            names = {int(key): value for key, value in content["names"].items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CodebookError(
                 f'{file} is not a legend pack: {error!r}; expected {{"classes": N or null, "names": {{"ID": "name"}}}}'
             ) from error
-        if n is not None and not (isinstance(n, int) and 1 <= n <= k):
+        if n is not None and not (type(n) is int and 1 <= n <= k):
             raise CodebookError(f"{file} is for classes = {n!r}; allowed are null and 1 to {k}")
         limit = k if n is None else n
         if outside := [i for i in names if not 0 <= i < limit]:
             raise CodebookError(f"{file} names class {outside[0]}; allowed are 0 to {limit - 1}")
+        if wrong := [i for i, name in names.items() if not isinstance(name, str)]:
+            raise CodebookError(f"{file} gives class {wrong[0]} the name {names[wrong[0]]!r}; names are texts")
         packs.setdefault(n, {}).update(names)
     return packs
 
@@ -440,6 +480,9 @@ def _check_arrays(codebook: Codebook, where: str) -> None:
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise CodebookError(f"{where}: {key} has {int((~np.isfinite(array)).sum())} values that are not finite")
+    if codebook.manifest.assignment.metric == "cosine" and not codebook.centroids.any(axis=1).all():
+        row = int(np.argmin(codebook.centroids.any(axis=1)))
+        raise CodebookError(f"{where}: centroids row {row} is all zero, which metric cosine does not allow")
     if codebook.counts is not None and codebook.counts.min() < 0:
         raise CodebookError(f"{where}: counts has the negative value {codebook.counts.min()}")
     if codebook.tree is not None:
