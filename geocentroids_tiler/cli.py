@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from geocentroids_tiler import __version__
-from geocentroids_tiler.errors import GeocentroidsError, InputError
-
-if TYPE_CHECKING:
-    from geocentroids_tiler.settings import Settings
+from geocentroids_tiler.commands import classify, demo, info, serve
+from geocentroids_tiler.errors import GeocentroidsError
+from geocentroids_tiler.settings import load_settings
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -48,29 +47,15 @@ def error_sentence(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {text} (geocentroids --debug shows where)"
 
 
-def load_settings(**values: Any) -> Settings:
-    """Return the settings of the environment, with those of the command line that are not None over them.
-
-    Raises:
-        InputError: if a variable has a value that is not allowed.
-    """
-    from pydantic import ValidationError
-
-    from geocentroids_tiler.settings import Settings
-
-    try:
-        return Settings(**{key: value for key, value in values.items() if value is not None})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = "_".join(str(part) for part in problem["loc"]).upper()
-        raise InputError(f"GEOCENTROIDS_{name} = {problem['input']!r}: {problem['msg']}") from error
-
-
 @click.group(cls=ErrorGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="geocentroids")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Map tiles that show what is in an overhead image: every patch of ground in the colour of its class."""
+
+
+for command in (demo, serve, classify, info):
+    main.add_command(command)
 
 
 @main.group()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from geocentroids_tiler.errors import GeocentroidsError, InputError
-from geocentroids_tiler.settings import Settings
+from geocentroids_tiler.settings import load_settings
 
 if TYPE_CHECKING:
     from geocentroids_tiler.labels.engine import LabelEngine
@@ -43,7 +43,7 @@ def demo(host: str, port: int, codebook: str | None, folder: Path) -> None:
     check_port(host, port)
     click.echo("Drawing the sample scene (first time only) ...", err=True)
     scene = ensure_demo_scene(folder)
-    settings = _settings(codebook=codebook, root=folder, demo_url=scene.name)
+    settings = load_settings(codebook=codebook, root=folder, demo_url=scene.name)
     app = create_app(settings)
     service: Service = app.state.service
     threading.Thread(target=_label_ahead, args=(service, scene.name), daemon=True).start()
@@ -66,7 +66,7 @@ def serve(host: str, port: int, codebook: str | None, root: Path | None, workers
     import uvicorn
 
     check_port(host, port)
-    settings = _settings(codebook=codebook, root=root)
+    settings = load_settings(codebook=codebook, root=root)
     # Workers are processes of their own: they read the same settings from the environment.
     if settings.root is not None:
         os.environ["GEOCENTROIDS_ROOT"] = str(settings.root.resolve())
@@ -147,10 +147,6 @@ def check_port(host: str, port: int) -> None:
             raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
 
 
-def _settings(**given: Any) -> Settings:
-    return Settings(**{name: value for name, value in given.items() if value is not None})
-
-
 def _open(
     src: str, codebook: str | None, bidx: str | None, rescale: str | None
 ) -> tuple[Service, Dataset, LabelEngine]:
@@ -160,7 +156,9 @@ def _open(
     options = _read_options(bidx, rescale)
     local = Path(src)
     is_url = src.lower().startswith(("http:", "https:"))
-    settings = _settings(codebook=codebook) if is_url else _settings(codebook=codebook, root=local.resolve().parent)
+    settings = (
+        load_settings(codebook=codebook) if is_url else load_settings(codebook=codebook, root=local.resolve().parent)
+    )
     service = Service(settings)
     try:
         chosen = service.codebook(None)

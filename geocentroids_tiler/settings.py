@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from geocentroids_tiler.errors import InputError
 
 MIB = 2**20
 
@@ -66,3 +68,17 @@ class Settings(BaseSettings):
     cache_control: str = Field(
         default="public, max-age=3600", description="Cache-Control header of tiles and other answers"
     )
+
+
+def load_settings(**values: Any) -> Settings:
+    """Return the settings of the environment, with those of the command line that are not None over them.
+
+    Raises:
+        InputError: if a variable has a value that is not allowed.
+    """
+    try:
+        return Settings(**{key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = "_".join(str(part) for part in problem["loc"]).upper()
+        raise InputError(f"GEOCENTROIDS_{name} = {problem['input']!r}: {problem['msg']}") from error
