@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BitImageProcessorPil, Dinov2WithRegistersModel
 
 from geocentroids_tiler.encoder import EncoderSource, export, load_encoder
+from geocentroids_tiler.encoder import onnx as onnx_backend
 from geocentroids_tiler.encoder.assign_graph import assign_graph
 from geocentroids_tiler.encoder.base import ChunkLayout
 from geocentroids_tiler.encoder.checks import METRICS
@@ -45,14 +46,25 @@ class Tolerance:
 
 
 TOLERANCES = {
-    "torch": Tolerance(1e-5, 0.0, "the same operations; another attention kernel may round differently"),
-    "onnx": Tolerance(2e-5, 0.0, "share of the largest token; other matrix kernels, fp32"),
-    "similarity": Tolerance(2e-6, 0.0, "share of |t| |c|; sums of D products in fp32"),
-    "near tie": Tolerance(2e-6, 0.0, "float64 margin, as a share of |t| |c|, below which fp32 may choose otherwise"),
-    "notebook fp32": Tolerance(0.999, 1.0, "share of equal labels; fp32 noise against margins of real features"),
-    "notebook bf16": Tolerance(0.99, 0.0, "share of equal labels; bf16 keeps 8 bits"),
-    "notebook fp16 features": Tolerance(0.99, 0.0, "share of equal labels; the notebook rounds its features to fp16"),
+    "torch": Tolerance(1e-6, 5.2e-8, "share of the largest token; the same operations on another batch shape"),
+    "onnx": Tolerance(1e-5, 1.1e-6, "share of the largest token; other matrix kernels, fp32"),
+    "similarity": Tolerance(2e-6, 2.9e-7, "share of the largest similarity (1 for cosine); fp32 sums of D products"),
+    "near tie": Tolerance(2e-6, 0.0, "float64 margin, same share, below which fp32 may choose otherwise; none did"),
+    "notebook fp32": Tolerance(0.999, 1.0, "share of equal labels; fp32 noise is far below the margins"),
+    "notebook fp16 features": Tolerance(0.995, 0.9990, "share of equal labels; the notebook rounds to fp16, we do not"),
+    "notebook bf16": Tolerance(0.99, 0.9980, "share of equal labels; 0.994 with other centroids: bf16 keeps 8 bits"),
 }
+
+
+def within(name: str, difference: float) -> None:
+    """Assert that a difference is within the table's limit."""
+    assert difference <= TOLERANCES[name].limit, name
+
+
+def agrees(name: str, share: float) -> None:
+    """Assert that a share of equal labels reaches the table's limit."""
+    assert share >= TOLERANCES[name].limit, name
+
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -75,8 +87,8 @@ def tiny_onnx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def torch_encoder(folder: Path, **options: Any) -> TorchEncoder:
-    options = {"window_patches": 16, "device": "cpu", "local_files_only": True} | options
+def torch_encoder(folder: Path, **changes: Any) -> TorchEncoder:
+    options: dict[str, Any] = {"window_patches": 16, "device": "cpu", "local_files_only": True} | changes
     return TorchEncoder(str(folder), mean=MEAN, std=STD, **options)
 
 
@@ -126,7 +138,7 @@ def source_of(tiny: Path | None, onnx_path: Path | None, **changes: Any) -> Enco
 def transformers_tokens(model: Any, windows: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Tokens (N, P, P, D) by transformers alone."""
     side = windows.shape[1] // 14
-    pixels = (windows.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    pixels = (windows.astype(np.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     with torch.inference_mode():
         hidden = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).last_hidden_state
     registers = getattr(model.config, "num_register_tokens", 0)
@@ -157,14 +169,14 @@ def test_tokens_are_those_of_transformers(checkpoint: Path, tmp_path: Path, wind
     found = fetch_all(by_torch, windows)
     assert found.shape == (2, window_patches, window_patches, 64)
     assert found.dtype == np.float32
-    assert np.abs(found - expected).max() <= TOLERANCES["torch"].limit * np.abs(expected).max()
+    within("torch", np.abs(found - expected).max() / np.abs(expected).max())
 
     path = tmp_path / "encoder.onnx"
     report = export_onnx(str(checkpoint), path, window_patches=window_patches, mean=MEAN, std=STD)
     by_onnx = OnnxEncoder(path, provider="cpu")
     assert (by_onnx.dim, by_onnx.window_patches, by_onnx.spec.patch_px) == (64, window_patches, 14)
     found = fetch_all(by_onnx, windows)
-    assert np.abs(found - expected).max() <= TOLERANCES["onnx"].limit * np.abs(expected).max()
+    within("onnx", np.abs(found - expected).max() / np.abs(expected).max())
     assert report.size_bytes == path.stat().st_size
 
 
@@ -175,7 +187,7 @@ def test_a_position_grid_other_than_the_window(tmp_path: Path) -> None:
     expected = transformers_tokens(AutoModel.from_pretrained(folder), windows)
     export_onnx(str(folder), tmp_path / "encoder.onnx", window_patches=16, mean=MEAN, std=STD)
     found = fetch_all(OnnxEncoder(tmp_path / "encoder.onnx", provider="cpu"), windows)
-    assert np.abs(found - expected).max() <= TOLERANCES["onnx"].limit * np.abs(expected).max()
+    within("onnx", np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def test_fp16_file_is_half_as_large_and_computes_in_fp32(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
@@ -189,7 +201,7 @@ def test_fp16_file_is_half_as_large_and_computes_in_fp32(tiny: Path, tiny_onnx: 
     windows = scenes(2, 224)
     expected = transformers_tokens(model, windows)
     found = fetch_all(OnnxEncoder(path, provider="cpu"), windows)
-    assert np.abs(found - expected).max() <= TOLERANCES["onnx"].limit * np.abs(expected).max()
+    within("onnx", np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def test_info_and_sizes(encoder: Any) -> None:
@@ -241,6 +253,28 @@ def test_batch_invariance(encoder: Any) -> None:
         found, found_similarity = labels_of(encoder, windows[order], centroids)
         assert np.array_equal(found, labels[order])
         assert np.array_equal(found_similarity, similarity[order])
+
+
+def test_every_run_has_the_same_shape(tiny: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cause of the above; a CPU's kernels may happen to be invariant without it."""
+    shapes: set[tuple[int, ...]] = set()
+    by_torch = torch_encoder(tiny, batch_windows=4)
+    by_torch._model.register_forward_pre_hook(
+        lambda _module, _args, options: shapes.add(tuple(options["pixel_values"].shape)), with_kwargs=True
+    )
+    run = onnx_backend._run
+
+    def record(session: Any, inputs: dict[str, Any], outputs: dict[str, str]) -> list[Any]:
+        if "windows" in inputs:
+            shapes.add(inputs["windows"].shape)
+        return run(session, inputs, outputs)
+
+    monkeypatch.setattr(onnx_backend, "_run", record)
+    by_onnx = OnnxEncoder(tiny_onnx, provider="cpu", batch_windows=4)
+    for count in (1, 4, 6):
+        assert len(by_torch.encode(scenes(count, 224))) == count
+        assert len(by_onnx.encode(scenes(count, 224))) == count
+    assert shapes == {(4, 3, 224, 224), (4, 224, 224, 3)}
 
 
 def grouped_assigner(encoder: Any, centroids: NDArray[np.float32], layout: ChunkLayout, chunks: int) -> Any:
@@ -323,7 +357,7 @@ def test_labels_are_those_of_float64(fp32_encoder: Any, metric: str, stride: int
         clear = margin > TOLERANCES["near tie"].limit * scale
         assert clear.mean() > 0.99
         assert np.array_equal(labels[n].ravel()[clear], expected[clear])
-        assert np.abs(similarity[n].ravel() - value).max() <= TOLERANCES["similarity"].limit * scale
+        within("similarity", np.abs(similarity[n].ravel() - value).max() / scale)
 
 
 def test_distance_does_not_cancel(fp32_encoder: Any) -> None:
@@ -370,6 +404,20 @@ def test_both_ways_to_break_ties_agree(metric: Any) -> None:
     assert np.array_equal(outputs[0][0], outputs[1][0])
     assert np.array_equal(outputs[0][1], outputs[1][1])
     assert outputs[0][0].max() < 50
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_equal_centroids_are_one_row(metric: Any) -> None:
+    """Otherwise the last columns of a matrix product, which a kernel may round differently, can win."""
+    centroids = np.random.default_rng(14).normal(size=(8, 5)).astype(np.float32)
+    centroids[[3, 7]] = centroids[1]
+    centroids[6] = centroids[0]
+    centroids[2, 0], centroids[4] = 0.0, centroids[2]
+    centroids[4, 0] = -0.0
+    table = centroid_table(centroids, metric)
+    assert table.labels.tolist() == [0, 1, 2, 5]
+    assert len(table.rows) == 4
+    assert table.bias is None or len(table.bias) == 4
 
 
 def test_a_zero_token_has_no_direction(fp32_encoder: Any) -> None:
@@ -469,6 +517,13 @@ def external_in_subgraph(model: Any) -> None:
     model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=body, else_branch=body))
 
 
+def external_initializer_in_subgraph(model: Any) -> None:
+    tensor = TensorProto(name="hidden", data_type=TensorProto.FLOAT, dims=[1])
+    tensor.data_location = TensorProto.EXTERNAL
+    body = helper.make_graph([helper.make_node("Identity", ["hidden"], ["c"])], "body", [], [], [tensor])
+    model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=body, else_branch=body))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -482,6 +537,7 @@ def external_in_subgraph(model: Any) -> None:
         (compiled_engine, "com.microsoft::EPContext"),
         (external_weight, "external data"),
         (external_in_subgraph, "'hidden' in another file"),
+        (external_initializer_in_subgraph, "'hidden' in another file"),
     ],
 )
 def test_onnx_file_refused(tiny_onnx: Path, tmp_path: Path, change: Any, message: str) -> None:
@@ -574,7 +630,7 @@ def test_export_is_quiet_and_describes_itself(tiny: Path, tmp_path: Path, capfd:
     report = export_onnx(str(tiny), path, window_patches=16, mean=MEAN, std=STD, weights="fp16")
     assert capfd.readouterr() == ("", "")
     assert list(path.parent.iterdir()) == [path]
-    assert report.max_difference <= TOLERANCES["onnx"].limit
+    within("onnx", report.max_difference)
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert metadata == {
         "source": tiny.name,
@@ -667,13 +723,13 @@ def test_another_encoder_than_the_codebook_names(tiny: Path, tiny_onnx: Path, ba
     ):
         with pytest.raises(EncoderError, match=message):
             load_encoder(source_of(tiny, tiny_onnx, **change), backend=backend)
-    if backend == "onnx":
-        for change, message in (
-            ({"window_patches": 32}, "window_patches is 16, expected 32"),
-            ({"mean": (0.5, 0.5, 0.5)}, r"mean is \[0.485, 0.456, 0.406\], expected \[0.5, 0.5, 0.5\]"),
-        ):
-            with pytest.raises(EncoderError, match=message):
-                load_encoder(source_of(tiny, tiny_onnx, **change), backend=backend)
+
+
+def test_another_window_or_normalising_than_the_file_has(tiny_onnx: Path) -> None:
+    with pytest.raises(EncoderError, match="window_patches is 16, expected 32"):
+        load_encoder(source_of(None, tiny_onnx, window_patches=32))
+    with pytest.raises(EncoderError, match=r"mean is \[0.485, 0.456, 0.406\], expected \[0.5, 0.5, 0.5\]"):
+        load_encoder(source_of(None, tiny_onnx, mean=(0.5, 0.5, 0.5)))
 
 
 def test_the_right_digest_is_accepted(tiny: Path, tiny_onnx: Path, tmp_path: Path) -> None:
@@ -782,13 +838,13 @@ def test_the_notebook_s_labels(notebook: Notebook, backend: str, tmp_path: Path)
         encoder = OnnxEncoder(tmp_path / "base.onnx", provider="cpu")
     else:
         encoder = torch_encoder(notebook.folder)
-    assert agreement(encoder, notebook, notebook.labels) >= TOLERANCES["notebook fp32"].limit
-    assert agreement(encoder, notebook, notebook.half_labels) >= TOLERANCES["notebook fp16 features"].limit
+    agrees("notebook fp32", agreement(encoder, notebook, notebook.labels))
+    agrees("notebook fp16 features", agreement(encoder, notebook, notebook.half_labels))
 
 
 def test_the_notebook_s_labels_in_bf16(notebook: Notebook) -> None:
     encoder = torch_encoder(notebook.folder, precision="bf16")
-    assert agreement(encoder, notebook, notebook.labels) >= TOLERANCES["notebook bf16"].limit
+    agrees("notebook bf16", agreement(encoder, notebook, notebook.labels))
 
 
 # ---- the embedded encoder ----------------------------------------------------------------------------------
