@@ -361,6 +361,8 @@ def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: P
             {key: np.ascontiguousarray(array) for key, array in _arrays_of(codebook).items()},
             draft / ARRAYS_FILE,
         )
+        # safetensors makes files that only their owner may read
+        (draft / ARRAYS_FILE).chmod((draft / MANIFEST_FILE).stat().st_mode & 0o777)
         (draft / CARD_FILE).write_text(card, encoding="utf-8")
         for n, names in codebook.names.items():
             (draft / NAMES_DIR).mkdir(exist_ok=True)

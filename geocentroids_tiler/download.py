@@ -282,7 +282,7 @@ def _stream(client: httpx.Client, url: str, part: Path, max_bytes: int, progress
                 disable=None if progress else True,
             ) as bar,
         ):
-            for chunk in response.iter_bytes(CHUNK_BYTES):
+            for chunk in response.iter_bytes():  # as it arrives: a fixed size would lose the last, shorter one
                 file.write(chunk)
                 start += len(chunk)
                 _check_size(url, start, max_bytes)
