@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -308,7 +308,13 @@ def load_codebook(path: Path | str) -> Codebook:
     manifest = _parse_manifest(manifest_path)
     try:
         arrays = load_file(arrays_path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # the last two: dtypes unknown to numpy
         raise CodebookError(f"{arrays_path} is not a readable safetensors file: {error}") from error
     unknown = set(arrays) - {"centroids", "colors", "counts", "tree"}
     missing = {"centroids", "colors"} - set(arrays)
@@ -319,15 +325,15 @@ def load_codebook(path: Path | str) -> Codebook:
         )
     if manifest.encoder.source == ENCODER_FILE:
         manifest = _with_encoder_digest(manifest, path / ENCODER_FILE)
-    return Codebook(
+    codebook = Codebook(
         manifest=manifest,
         centroids=arrays["centroids"],
         colors=arrays["colors"],
         counts=arrays.get("counts"),
         tree=arrays.get("tree"),
-        names=_load_names(path, len(arrays["centroids"])),
         path=path,
     )
+    return replace(codebook, names=_load_names(path, len(codebook)))
 
 
 def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: Path | None = None) -> Codebook:
