@@ -2,18 +2,19 @@
 # Needed: Python 3.11 or later. With Node.js 20 or later the web page is built too.
 PYTHON ?= python3
 VENV ?= .venv
+SMOKE ?= .venv-smoke
 PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 VIEWER := static/dist/index.html
 VIEWER_SOURCES := $(wildcard static/src/*) static/package.json static/package-lock.json
 
-.PHONY: demo test check unit viewer clean
+.PHONY: demo test check unit smoke viewer clean
 
 demo: $(VENV)/.installed $(VIEWER)  ## classify a sample scene and show it in the browser
 	$(BIN)/geocentroids demo --port $(PORT)
 
-test: check unit  ## everything that CI runs
+test: check unit smoke  ## everything that CI runs
 
 check: $(VENV)/.tested  ## formatting, lint, types, import contracts
 	$(BIN)/ruff format --check .
@@ -25,6 +26,16 @@ check: $(VENV)/.tested  ## formatting, lint, types, import contracts
 
 unit: $(VENV)/.tested $(VIEWER)  ## the tests
 	$(BIN)/pytest -n auto
+
+# The main job on another Python than the one above, where one is installed, with the light set-up only.
+smoke: $(VIEWER)
+	@other=$$(for p in python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[23]*/bin/python); do \
+		"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; done); \
+	if [ -z "$$other" ]; then echo "smoke: no Python 3.12 or 3.13 is installed, skipped"; exit 0; fi; \
+	set -e; "$$other" --version; \
+	[ -x $(SMOKE)/bin/python ] || "$$other" -m venv $(SMOKE); \
+	$(SMOKE)/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt '.[cpu]' pytest; \
+	$(SMOKE)/bin/pytest -q -c /dev/null --rootdir tests -p no:cacheprovider --import-mode=importlib tests/test_smoke.py
 
 viewer: $(VIEWER)  ## the web page
 
@@ -46,4 +57,4 @@ $(VENV)/.tested: $(VENV)/.installed fit/pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) static/dist static/node_modules
+	rm -rf $(VENV) $(SMOKE) static/dist static/node_modules
