@@ -62,7 +62,7 @@ def show_text(codebook: Codebook, *, as_json: bool) -> str:
         return json.dumps(facts, indent=2, ensure_ascii=False)
     flat = [*_flatten("", facts)]
     width = max(len(key) for key, _ in flat)
-    return "\n".join(f"{key:<{width}}  {'-' if value is None else value}" for key, value in flat)
+    return "\n".join(f"{key:<{width}}  {'-' if value in (None, '') else value}" for key, value in flat)
 
 
 def size_text(size_bytes: int) -> str:

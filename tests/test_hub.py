@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_DISABLE_XET"] = "1"
@@ -295,7 +296,7 @@ def test_silent_server(tmp_path: Path) -> None:
 
 def test_disk_full(server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.raw["/file"] = CONTENT
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=5))
     with pytest.raises(DownloadError, match=r"has 5 bytes free; 1024000 are needed"):
         get(server, tmp_path / "file")
     monkeypatch.undo()
