@@ -14,11 +14,23 @@ from shapely.errors import GEOSException
 from shapely.geometry import shape
 
 from geocentroids_tiler.errors import InputError, UnsupportedImageError
-from geocentroids_tiler.grid import WGS84, Bounds, Grid, PatchRange, outline, raster_points
+from geocentroids_tiler.grid import (
+    WGS84,
+    Bounds,
+    ChunkIndex,
+    Grid,
+    PatchRange,
+    bounds_holding,
+    outline,
+    raster_points,
+)
 
 _POLYGONS = ("Polygon", "MultiPolygon")
 _PLACE_TOLERANCE = 0.001
 """Patch centres are placed in the area's CRS to this share of a patch."""
+_BLOCK_PATCHES = 256
+"""Patch centres are placed in squares of this many patches a side, which lie where they do whatever is asked: so a
+patch has one place in all requests, and of two areas that share an edge exactly one holds it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ def area_of_geometry(geometry: Mapping[str, Any], grid: Grid, footprint: PatchRa
         raise InputError(f"geometry is a {kind}; accepted: {' and '.join(_POLYGONS)}")
     try:
         polygon = shape(dict(geometry))
-    except (GEOSException, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (GEOSException, ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(f"geometry is not a readable {kind}: {error}") from error
     if polygon.is_empty or not polygon.is_valid:
         reason = "it is empty" if polygon.is_empty else shapely.is_valid_reason(polygon)
@@ -101,13 +113,13 @@ def _select(
     inside: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]],
 ) -> Area:
     patches = _candidates(bounds, crs, grid, footprint)
-    if patches.empty:
-        return Area(PatchRange(0, 0, 0, 0), np.zeros((0, 0), bool))
-    tolerance = grid.patch_m * _PLACE_TOLERANCE
-    if crs.is_geographic:
-        tolerance /= 111_320  # metres per degree, at most
-    x, y = raster_points(grid.bounds_of(patches), grid.crs, patches.shape, crs, tolerance)
-    mask = inside(x, y)
+    mask = np.zeros(patches.shape, bool)
+    for block in patches.chunks(_BLOCK_PATCHES):
+        whole = _block_patches(block)
+        part = whole.intersect(patches)
+        x, y = _centres(whole, grid, crs)
+        own = _slices(part, whole)
+        mask[_slices(part, patches)] = inside(x[own], y[own])
     rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return Area(PatchRange(0, 0, 0, 0), np.zeros((0, 0), bool))
@@ -120,9 +132,36 @@ def _select(
     return Area(tight, mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1])
 
 
+def _block_patches(block: ChunkIndex) -> PatchRange:
+    n = _BLOCK_PATCHES
+    return PatchRange(block.row * n, (block.row + 1) * n, block.col * n, (block.col + 1) * n)
+
+
+def _centres(block: PatchRange, grid: Grid, crs: CRS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return x and y in ``crs`` of the centres of a block's patches."""
+    tolerance = grid.patch_m * _PLACE_TOLERANCE
+    if crs.is_geographic:
+        tolerance /= 111_320  # metres per degree, at most
+    return raster_points(grid.bounds_of(block), grid.crs, block.shape, crs, tolerance)
+
+
+def _slices(part: PatchRange, whole: PatchRange) -> tuple[slice, slice]:
+    return (
+        slice(part.row_start - whole.row_start, part.row_stop - whole.row_start),
+        slice(part.col_start - whole.col_start, part.col_stop - whole.col_start),
+    )
+
+
 def _candidates(bounds: Bounds, crs: CRS, grid: Grid, footprint: PatchRange) -> PatchRange:
     """Return patches that are sure to hold the part of ``bounds`` inside ``footprint``; more is harmless."""
-    left, bottom, right, top = bounds
+    image = bounds_holding(footprint, grid, crs)
+    if image is None:
+        return footprint
+    # The part near the image only: a grid says little about the other side of the world.
+    left, bottom = max(bounds[0], image[0]), max(bounds[1], image[1])
+    right, top = min(bounds[2], image[2]), min(bounds[3], image[3])
+    if left > right or bottom > top:
+        return PatchRange(0, 0, 0, 0)
     try:
         edge = outline(crs, (right - left, 0, left, 0, bottom - top, top), 1, 1, grid.crs)
     except UnsupportedImageError:

@@ -229,6 +229,25 @@ def outline(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: i
     return points
 
 
+def bounds_holding(patches: PatchRange, grid: Grid, target: CRS) -> Bounds | None:
+    """Return a rectangle of another CRS that is sure to hold all of ``patches``.
+
+    None where there is no such rectangle: part of them has no place there, or they are torn apart (at the
+    antimeridian, around a pole).
+    """
+    left, bottom, right, top = grid.bounds_of(patches)
+    try:
+        edge = outline(grid.crs, (right - left, 0, left, 0, bottom - top, top), 1, 1, target)
+    except UnsupportedImageError:
+        return None
+    low, high = edge.min(axis=0), edge.max(axis=0)
+    torn = (np.abs(np.diff(edge, axis=0)) > (high - low) / 4).any()  # an edge's points lie 1/32 of it apart
+    if len(edge) < 4 * 33 or torn:
+        return None
+    slack = 0.02 * float((high - low).max())  # edges bend between the points of the outline
+    return float(low[0]) - slack, float(low[1]) - slack, float(high[0]) + slack, float(high[1]) + slack
+
+
 def geographic_bounds(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: int) -> Bounds:
     """Return west, south, east, north of an image in degrees; -180 to 180 where it crosses the antimeridian."""
     points = outline(crs, transform, width_px, height_px, WGS84)
@@ -265,7 +284,7 @@ def raster_points(
     """Return where the pixel centres of a raster lie in another CRS.
 
     Coordinates are transformed at control points and interpolated between them; the mesh is made finer until the
-    error at the middle of its cells, where it is largest, is within the tolerance.
+    error halfway between them, where it is largest, is within the tolerance.
 
     Args:
         bounds: of the raster, in ``crs``.
@@ -288,14 +307,14 @@ def raster_points(
 
     cells = 8
     while cells * 2 <= min(rows, cols):
-        mesh = np.linspace(0, 1, cells + 1)
-        x, y = exact(mesh, mesh)
-        middle = (mesh[:-1] + mesh[1:]) / 2
-        mx, my = exact(middle, middle)
-        ex, ey = _bilinear(x, middle, middle) - mx, _bilinear(y, middle, middle) - my
-        error = np.hypot(ex, ey)
-        if not np.isfinite(error).all():
+        # Edges of the cells as well as their middles: between two conformal systems coordinates are harmonic, so
+        # what is too much along a row is too little along a column, and at the middle of a cell the two cancel.
+        finer = np.linspace(0, 1, 2 * cells + 1)
+        fx, fy = exact(finer, finer)
+        x, y = fx[::2, ::2], fy[::2, ::2]
+        if not (np.isfinite(fx).all() and np.isfinite(fy).all()):
             break
+        error = np.hypot(_bilinear(x, finer, finer) - fx, _bilinear(y, finer, finer) - fy)
         if error.max() <= tolerance:
             return _bilinear(x, u, v), _bilinear(y, u, v)
         cells *= 2
@@ -304,7 +323,8 @@ def raster_points(
 
 def wrap_longitude(lon: float) -> float:
     """Bring a longitude to -180 (included) to 180 (not included)."""
-    return (lon + 180) % 360 - 180
+    wrapped = (lon + 180) % 360 - 180
+    return wrapped if wrapped < 180 else -180.0  # the remainder of a tiny negative number rounds to 360
 
 
 def parse_crs(text: str) -> CRS:
@@ -317,9 +337,15 @@ def parse_crs(text: str) -> CRS:
     if not (authority.isalpha() and code.isalnum() and len(text) <= 32):
         raise InputError(f"{text!r} is not a CRS; write AUTHORITY:code, for example EPSG:32721")
     try:
-        return CRS.from_authority(authority, code)
+        crs = CRS.from_authority(authority, code)
     except CRSError as error:
         raise InputError(f"{text!r} is not a known CRS; write AUTHORITY:code, for example EPSG:32721") from error
+    if not (crs.is_geographic or crs.is_projected):
+        raise InputError(
+            f"{text!r} ({crs.type_name}) does not place points on a map; accepted: AUTHORITY:code of a "
+            "geographic or projected CRS, for example EPSG:32721"
+        )
+    return _horizontal(crs)
 
 
 def _bilinear(mesh: NDArray[np.float64], u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -346,18 +372,18 @@ def _is_metric_grid(crs: CRS) -> bool:
     """True for a projected CRS with axes east and north in metres, other than Web Mercator.
 
     Web Mercator is true to scale at the equator only, and its images there should share patches with their
-    neighbours' UTM images.
+    neighbours' UTM images. Both axes of a polar CRS point away from the pole, or to it.
     """
     if not crs.is_projected or (crs.coordinate_operation and "Pseudo" in crs.coordinate_operation.method_name):
         return False
     axes = crs.axis_info[:2]
-    return {axis.direction for axis in axes} == {"east", "north"} and all(
+    return {axis.direction for axis in axes} in ({"east", "north"}, {"north"}, {"south"}) and all(
         axis.unit_conversion_factor == 1 for axis in axes
     )
 
 
 def _scale_at(crs: CRS, lon: float, lat: float) -> tuple[float, float] | None:
-    """Return the scale along the meridian and the parallel at a place, or None where the CRS is not defined."""
+    """Return the largest and the smallest scale in any direction at a place, or None where the CRS is not defined."""
     factors = Proj(crs).get_factors(lon, lat)
-    scale = float(factors.meridional_scale), float(factors.parallel_scale)
+    scale = float(factors.tissot_semimajor), float(factors.tissot_semiminor)
     return scale if all(math.isfinite(value) and value > 0 for value in scale) else None

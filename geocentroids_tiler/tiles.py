@@ -17,7 +17,7 @@ from pyproj import CRS
 from geocentroids_tiler import __version__
 from geocentroids_tiler.codebook import Classes
 from geocentroids_tiler.errors import InputError
-from geocentroids_tiler.grid import WGS84, Grid, PatchRange, outline, project, raster_points
+from geocentroids_tiler.grid import Bounds, Grid, PatchRange, bounds_holding, project, raster_points
 from geocentroids_tiler.labels.engine import LabelBlock
 from geocentroids_tiler.render import (
     ImageFormat,
@@ -32,6 +32,8 @@ from geocentroids_tiler.source import Dataset, ReadOptions
 
 MAX_SAMPLES = 16
 """Samples a side of a tile pixel at most, where it covers several patches."""
+MAX_SAMPLES_PX = 4096
+"""Samples a side of a tile at most; bounds the memory that a tile takes."""
 PLACE_TOLERANCE = 0.02
 """Pixel centres are placed on the ground to this share of a patch."""
 _NOWHERE = -(2**40)
@@ -110,12 +112,16 @@ class TileView:
     """Patches under the pixels of a tile.
 
     Attributes:
-        rows: patch row at each sample, of shape (size * samples, size * samples), int64.
+        size_px: pixels a side of the tile.
+        pixels: the tile's pixels that may hold a part of the image, as rows and columns; no other has a patch.
+        rows: patch row at each sample of ``pixels``, of shape (rows * samples, cols * samples), int64.
         cols: patch column, likewise.
         samples: samples a side of a pixel: 1 where a pixel is at most as large as a patch.
         patches: the patches that are inside the image, as a rectangle.
     """
 
+    size_px: int
+    pixels: PatchRange
     rows: NDArray[np.int64]
     cols: NDArray[np.int64]
     samples: int
@@ -146,26 +152,22 @@ def tile_view(tms: TileMatrixSet, tile: Tile, size_px: int, grid: Grid, footprin
         return None
     crs = tms_crs(tms)
     left, bottom, right, top = tms.xy_bounds(tile)
-    edge = outline(crs, (right - left, 0, left, 0, bottom - top, top), 1, 1, grid.crs)
-    (x0, y0), (x1, y1) = edge.min(axis=0), edge.max(axis=0)
-    if len(edge) == 4 * 33 and grid.patches_touching((x0, y0, x1, y1)).intersect(footprint).empty:
+    bounds = (left, bottom, right, top)
+    pixels = _pixels_holding(bounds_holding(footprint, grid, crs), bounds, size_px)
+    if pixels.empty:
         return None
-    pixel = _pixel_patches(left, bottom, right, top, crs, size_px, grid)
-    samples = min(MAX_SAMPLES, math.ceil(pixel)) if pixel > 1 else 1
-    shape = (size_px * samples, size_px * samples)
-    tolerance = PLACE_TOLERANCE * grid.patch_m * max(1.0, pixel / samples)
-    x, y = raster_points((left, bottom, right, top), crs, shape, grid.crs, tolerance)
+    part = _bounds_of_pixels(pixels, bounds, size_px)
+    pixel = _pixel_patches(part, pixels.shape, crs, grid)
+    samples = max(1, min(MAX_SAMPLES, math.ceil(pixel), MAX_SAMPLES_PX // max(pixels.shape)))
+    shape = (pixels.shape[0] * samples, pixels.shape[1] * samples)
+    x, y = raster_points(part, crs, shape, grid.crs, PLACE_TOLERANCE * grid.patch_m * max(1.0, pixel / samples))
     placed = np.isfinite(x) & np.isfinite(y)
     if not placed.any():
         return None
     rows, cols = grid.patch_of(np.where(placed, x, 0), np.where(placed, y, 0))
-    covered = PatchRange(
-        int(rows[placed].min()), int(rows[placed].max()) + 1, int(cols[placed].min()), int(cols[placed].max()) + 1
-    ).intersect(footprint)
-    if covered.empty:
-        return None
     rows[~placed] = cols[~placed] = _NOWHERE
-    return TileView(rows, cols, samples, covered)
+    covered = _covered(rows, cols, footprint)
+    return None if covered.empty else TileView(size_px, pixels, rows, cols, samples, covered)
 
 
 def draw_tile(
@@ -191,10 +193,16 @@ def draw_tile(
     """
     index, palette = palette_index(block.labels, block.similarity, classes, style, similarity_range)
     rows, cols = view.rows - block.patches.row_start, view.cols - block.patches.col_start
-    sampled = sample(index, rows, cols, nodata=len(palette) - 1)
+    nodata = len(palette) - 1
+    sampled = sample(index, rows, cols, nodata)
+    at = np.s_[view.pixels.row_start : view.pixels.row_stop, view.pixels.col_start : view.pixels.col_stop]
     if view.samples == 1:
-        return encode_indexed(sampled, palette, image_format)
-    return encode_rgba(average_colors(sampled, palette, view.samples), image_format)
+        picture = np.full((view.size_px, view.size_px), nodata, np.uint16)
+        picture[at] = sampled
+        return encode_indexed(picture, palette, image_format)
+    rgba = np.zeros((view.size_px, view.size_px, 4), np.uint8)
+    rgba[at] = average_colors(sampled, palette, view.samples)
+    return encode_rgba(rgba, image_format)
 
 
 def zoom_range(tms: TileMatrixSet, dataset: Dataset, seconds_per_chunk: float, budget_s: float) -> tuple[int, int]:
@@ -231,9 +239,9 @@ def tms_crs(tms: TileMatrixSet) -> CRS:
 
 def _metres_per_unit(tms: TileMatrixSet, dataset: Dataset) -> float:
     """Return the metres on the ground that one unit of the tiles' CRS spans at the middle of a dataset."""
-    west, south, east, north = dataset.geographic_bounds
     crs, grid = tms_crs(tms), dataset.grid
-    cx, cy = project(WGS84, crs, (west + east) / 2, (south + north) / 2)
+    left, bottom, right, top = grid.bounds_of(dataset.footprint)
+    cx, cy = project(grid.crs, crs, (left + right) / 2, (bottom + top) / 2)
     step = tms.matrix(tms.maxzoom).cellSize
     x, y = project(crs, grid.crs, cx + np.array([0, step, 0]), cy + np.array([0, 0, step]))
     area = abs((x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0]))
@@ -241,12 +249,45 @@ def _metres_per_unit(tms: TileMatrixSet, dataset: Dataset) -> float:
     return scale if math.isfinite(scale) and scale > 0 else 1.0
 
 
-def _pixel_patches(left: float, bottom: float, right: float, top: float, crs: CRS, size_px: int, grid: Grid) -> float:
-    """Return the side of a tile pixel in patches, at the middle of the tile; 1 where that has no place in the grid."""
+def _pixels_holding(image: Bounds | None, tile: Bounds, size_px: int) -> PatchRange:
+    """Return the pixels of a tile that share area with an image's bounds; all of them where those are unknown."""
+    whole = PatchRange(0, size_px, 0, size_px)
+    if image is None:
+        return whole
+    left, bottom, right, top = tile
+    cols = [math.floor((x - left) / (right - left) * size_px) for x in (image[0], image[2])]
+    rows = [math.floor((top - y) / (top - bottom) * size_px) for y in (image[3], image[1])]
+    return PatchRange(rows[0], rows[1] + 1, cols[0], cols[1] + 1).intersect(whole)
+
+
+def _bounds_of_pixels(pixels: PatchRange, tile: Bounds, size_px: int) -> Bounds:
+    left, bottom, right, top = tile
+    width, height = (right - left) / size_px, (top - bottom) / size_px
+    return (
+        left + pixels.col_start * width,
+        top - pixels.row_stop * height,
+        left + pixels.col_stop * width,
+        top - pixels.row_start * height,
+    )
+
+
+def _covered(rows: NDArray[np.int64], cols: NDArray[np.int64], footprint: PatchRange) -> PatchRange:
+    """Return the smallest rectangle that holds those of the patches that are in ``footprint``."""
+    inside = (rows >= footprint.row_start) & (rows < footprint.row_stop)
+    inside &= (cols >= footprint.col_start) & (cols < footprint.col_stop)
+    if not inside.any():
+        return PatchRange(0, 0, 0, 0)
+    rows, cols = rows[inside], cols[inside]
+    return PatchRange(int(rows.min()), int(rows.max()) + 1, int(cols.min()), int(cols.max()) + 1)
+
+
+def _pixel_patches(bounds: Bounds, shape: tuple[int, int], crs: CRS, grid: Grid) -> float:
+    """Return the longer side in patches of a raster's pixels, at its middle; 1 where that has no place in the grid."""
+    left, bottom, right, top = bounds
     cx, cy = (left + right) / 2, (bottom + top) / 2
-    step = np.array([0, (right - left) / size_px])
-    x, y = project(crs, grid.crs, cx + step, np.full(2, cy))
-    length = math.hypot(float(x[1] - x[0]), float(y[1] - y[0])) / grid.patch_m
+    width, height = (right - left) / shape[1], (top - bottom) / shape[0]
+    x, y = project(crs, grid.crs, cx + np.array([0, width, 0]), cy + np.array([0, 0, height]))
+    length = float(np.hypot(x[1:] - x[0], y[1:] - y[0]).max()) / grid.patch_m
     return length if math.isfinite(length) else 1.0
 
 

@@ -14,7 +14,7 @@ import rasterio
 from numpy.typing import NDArray
 from pyproj import CRS
 from pyproj.exceptions import CRSError
-from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags
 from rasterio.enums import Resampling as RasterioResampling
 from rasterio.errors import RasterioError
 
@@ -38,7 +38,12 @@ MAX_UPSAMPLING = 4.0
 SAME_GSD = 1.05
 """Ratios of gsd up to here count as the same."""
 MAX_PX_WITHOUT_OVERVIEWS = 8192 * 8192
-"""Larger images must have overviews: without them every look at the whole image reads all of it."""
+"""Larger images must have an overview of at most this size: a look at the whole image reads all of it."""
+MAX_BANDS = 1024
+MAX_BLOCK_BYTES = 2**28
+"""Bytes of one block once decoded: a window needs all of every block that it touches."""
+_FOREIGN_TAGS = frozenset({"OVERVIEWS", "GEOLOCATION"})
+"""Tags that make GDAL open other files, or hosts, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,26 +171,22 @@ def open_dataset(source: Source, identity: str, options: ReadOptions, codebook: 
     """
     preprocess = codebook.manifest.preprocess
     with open_raster(source, identity, None, timeout_s) as raster:
+        _check_structure(raster)
         crs = _crs_of(raster)
         transform: AffineCoefficients = tuple(raster.transform)[:6]
         size = raster.width, raster.height
         grid = ground_grid(crs, transform, *size, codebook.patch_m)
         gsd_m = ground_gsd(crs, transform, *size, grid)
-        if gsd_m > MAX_UPSAMPLING * preprocess.gsd_m:
+        if not gsd_m <= MAX_UPSAMPLING * preprocess.gsd_m:
             raise UnsupportedImageError(
                 f"the image has {gsd_m:.3g} m per pixel; codebook {codebook.name!r} expects {preprocess.gsd_m:.3g} m "
                 f"and accepts up to {MAX_UPSAMPLING * preprocess.gsd_m:.3g} m"
             )
         factors = raster.overviews(1)
-        if not factors and raster.width * raster.height > MAX_PX_WITHOUT_OVERVIEWS:
-            raise UnsupportedImageError(
-                f"the image has {raster.width} x {raster.height} px and no overviews; above "
-                f"{MAX_PX_WITHOUT_OVERVIEWS} px overviews are required (write it as a Cloud Optimized GeoTIFF)"
-            )
         indexes = _rgb_indexes(raster, options)
         _check_dtype(raster, indexes, options)
         collars = () if _states_validity(raster) else find_collars(_overview_of(raster, indexes, options))
-    fine_enough = [i for i, factor in enumerate(factors) if gsd_m * factor <= preprocess.gsd_m * 1.01]
+    fine_enough = [(factor, i) for i, factor in enumerate(factors) if gsd_m * factor <= preprocess.gsd_m * 1.01]
     a, b, _, d, e, _ = transform
     north_up = b == 0 and d == 0 and a > 0 and e < 0
     edge = outline(crs, transform, *size, grid.crs)
@@ -200,7 +201,7 @@ def open_dataset(source: Source, identity: str, options: ReadOptions, codebook: 
         height_px=size[1],
         indexes=indexes,
         gsd_m=gsd_m,
-        overview=fine_enough[-1] if fine_enough else None,
+        overview=max(fine_enough)[1] if fine_enough else None,
         warped=not (north_up and grid.crs == crs),
         collars=collars,
         grid=grid,
@@ -245,6 +246,29 @@ def to_uint8(values: NDArray[Any], rescale: tuple[float, float] | None) -> NDArr
     scaled = (np.nan_to_num(values.astype(np.float32), nan=low) - low) * (255 / (high - low))
     result: NDArray[np.uint8] = np.rint(scaled.clip(0, 255)).astype(np.uint8)
     return result
+
+
+def _check_structure(raster: Any) -> None:
+    """Refuse a file that leads elsewhere, or of which one look takes too much time or memory."""
+    if foreign := _FOREIGN_TAGS.intersection(raster.tag_namespaces()):
+        raise UnsupportedImageError(f"the image has {' and '.join(sorted(foreign))} tags, which may name other files")
+    if raster.count > MAX_BANDS:
+        raise UnsupportedImageError(f"the image has {raster.count} bands; accepted: up to {MAX_BANDS}")
+    factor = max(raster.overviews(1), default=1)
+    if raster.width * raster.height > MAX_PX_WITHOUT_OVERVIEWS * factor**2:
+        smallest = f"no overview smaller than 1:{factor}" if factor > 1 else "no overviews"
+        raise UnsupportedImageError(
+            f"the image has {raster.width} x {raster.height} px and {smallest}; overviews of at most "
+            f"{MAX_PX_WITHOUT_OVERVIEWS} px are required (write it as a Cloud Optimized GeoTIFF)"
+        )
+    together = raster.count if raster.interleaving is Interleaving.pixel else 1
+    rows, cols = raster.block_shapes[0]
+    block_bytes = rows * cols * together * np.dtype(raster.dtypes[0]).itemsize
+    if block_bytes > MAX_BLOCK_BYTES:
+        raise UnsupportedImageError(
+            f"the image has blocks of {cols} x {rows} px, {block_bytes} bytes each; accepted: up to {MAX_BLOCK_BYTES} "
+            "(write it as a Cloud Optimized GeoTIFF)"
+        )
 
 
 def _crs_of(raster: Any) -> CRS:

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rasterio.enums import ColorInterp
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.enums import Resampling as RasterioResampling
 from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
-from rio_tiler.reader import read as read_part
 
 from geocentroids_tiler.grid import Bounds, ChunkIndex, PatchRange, raster_points, window_patches_of
 from geocentroids_tiler.source.dataset import Dataset, open_raster, to_uint8
@@ -88,10 +87,8 @@ def _read_direct(
     t = raster.transform
     col0, col1 = (left - t.c) / t.a, (right - t.c) / t.a
     row0, row1 = (top - t.f) / t.e, (bottom - t.f) / t.e
-    # Pillow widens the filter when it makes an image smaller.
-    reach = math.ceil(_FILTER_RADIUS[dataset.preprocess.resampling] * max(1.0, (col1 - col0) / size)) + 1
-    first_col, last_col = math.floor(col0) - reach, math.ceil(col1) + reach
-    first_row, last_row = math.floor(row0) - reach, math.ceil(row1) + reach
+    first_col, last_col = _with_reach(col0, col1, size, dataset)
+    first_row, last_row = _with_reach(row0, row1, size, dataset)
     pixels, valid = _read_padded(raster, dataset, PatchRange(first_row, last_row, first_col, last_col))
     if dataset.collars:
         v = (np.arange(first_row, last_row) + 0.5)[:, None] / raster.height
@@ -107,6 +104,13 @@ def _read_direct(
     return np.asarray(image), np.asarray(share) >= 128
 
 
+def _with_reach(start: float, stop: float, size: int, dataset: Dataset) -> tuple[int, int]:
+    """Return the whole pixels that resampling ``start`` to ``stop`` to ``size`` pixels looks at."""
+    # Pillow widens the filter when it makes an image smaller.
+    reach = math.ceil(_FILTER_RADIUS[dataset.preprocess.resampling] * max(1.0, (stop - start) / size)) + 1
+    return math.floor(start) - reach, math.ceil(stop) + reach
+
+
 def _read_padded(raster: Any, dataset: Dataset, wanted: PatchRange) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Read whole pixels; those beyond the image are invalid. Returns (H, W, 3) and (H, W)."""
     pixels = np.zeros((*wanted.shape, 3), np.uint8)
@@ -115,19 +119,32 @@ def _read_padded(raster: Any, dataset: Dataset, wanted: PatchRange) -> tuple[NDA
     if inside.empty:
         return pixels, valid
     rows, cols = inside.shape
-    part = read_part(
-        raster,
-        window=Window(inside.col_start, inside.row_start, cols, rows),
-        indexes=dataset.indexes,
-    ).array  # (3, rows, cols), masked
+    window = Window(inside.col_start, inside.row_start, cols, rows)
+    part = raster.read(dataset.indexes, window=window)  # (3, rows, cols)
     at = np.s_[
         inside.row_start - wanted.row_start : inside.row_stop - wanted.row_start,
         inside.col_start - wanted.col_start : inside.col_stop - wanted.col_start,
     ]
-    pixels[at] = to_uint8(part.data, dataset.options.rescale).transpose(1, 2, 0)
-    # A pixel is data if any band is: a pure red has nodata = 0 in the other two.
-    valid[at] = ~np.ma.getmaskarray(part).all(axis=0)
+    pixels[at] = to_uint8(part, dataset.options.rescale).transpose(1, 2, 0)
+    valid[at] = _validity(raster, dataset, window, part)
     return pixels, valid
+
+
+def _validity(raster: Any, dataset: Dataset, window: Window, part: NDArray[Any]) -> NDArray[np.bool_]:
+    """Tell which pixels are data, of shape (rows, cols): by alpha, else by mask or nodata, and by not-a-number."""
+    if ColorInterp.alpha in raster.colorinterp:
+        alpha = raster.read(raster.colorinterp.index(ColorInterp.alpha) + 1, window=window)
+        # A warped image of floating-point numbers has 255 for opaque, a file of its own may have 1.
+        opaque = np.iinfo(alpha.dtype).max if np.issubdtype(alpha.dtype, np.integer) else 1.0
+        valid = alpha >= opaque / 2
+    else:
+        # A pixel is data if any band is: a pure red has nodata = 0 in the other two.
+        shared = MaskFlags.per_dataset in raster.mask_flag_enums[0]
+        bands = dataset.indexes[:1] if shared else dataset.indexes
+        valid = (raster.read_masks(bands, window=window) >= 128).any(axis=0)
+    if np.issubdtype(part.dtype, np.floating):
+        valid &= np.isfinite(part).all(axis=0)
+    return np.asarray(valid)
 
 
 def _warped(dataset: Dataset, raster: Any, patch_px: int) -> WarpedVRT:
@@ -168,5 +185,7 @@ def _place_in_image(dataset: Dataset, bounds: Bounds, size: int) -> tuple[NDArra
     """Return how far down and across the image, 0 to 1, each pixel of a window lies; both of shape (S, S)."""
     tolerance = abs(dataset.transform[0]) + abs(dataset.transform[3])  # about a pixel of the image
     x, y = raster_points(bounds, dataset.grid.crs, (size, size), dataset.crs, tolerance)
-    col, row = ~Affine(*dataset.transform) * (x, y)
+    a, b, c, d, e, f = dataset.transform
+    x, y, determinant = x - c, y - f, a * e - b * d
+    col, row = (e * x - b * y) / determinant, (a * y - d * x) / determinant
     return row / dataset.height_px, col / dataset.width_px

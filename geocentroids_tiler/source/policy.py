@@ -11,7 +11,7 @@ from geocentroids_tiler.errors import SourceRefusedError, SourceUnavailableError
 
 ACCEPTED = "an absolute http(s) URL, or a path relative to the folder the server was started with (--root)"
 MAX_URL_LENGTH = 4096
-_FORBIDDEN = re.compile(r"[\x00-\x20\x7f\\]")
+_FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\\\u2028\u2029]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def _remote(url: str) -> Source:
         raise SourceRefusedError(f"{url!r} names no host; accepted: {ACCEPTED}")
     if parts.username is not None or parts.password is not None:
         raise SourceRefusedError("the URL carries a user name or password; credentials in URLs are not accepted")
-    if parts.fragment:
+    if "#" in url:
         raise SourceRefusedError(f"{url!r} has a fragment (#...); remove it")
     return Source(url)
 
@@ -98,9 +98,13 @@ def _local(url: str, root: Path | None) -> Source:
     if url.startswith(("/", "~", "<")) or _FORBIDDEN.search(url.replace(" ", "")):
         raise SourceRefusedError(f"{url!r} is not a relative path; accepted: {ACCEPTED}")
     base = root.resolve()
-    path = (base / url).resolve()
+    try:
+        path = (base / url).resolve()
+        exists = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, name too long, links in a circle, ...
+        raise SourceUnavailableError(f"cannot open {url!r}") from error
     if not path.is_relative_to(base):
         raise SourceRefusedError(f"{url!r} leads out of the folder of local files")
-    if not path.is_file():
+    if not exists:
         raise SourceUnavailableError(f"cannot open {url!r}")
     return Source(url, path)
