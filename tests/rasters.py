@@ -18,7 +18,7 @@ from geocentroids_tiler.codebook import Codebook, PreprocessSection
 from geocentroids_tiler.source import Dataset, ReadOptions, open_dataset, resolve_source, source_identity
 
 UTM = "EPSG:32721"
-LEFT, TOP = 560_000.0, 6_140_000.0
+LEFT, TOP = 560_000.0, 6_140_001.0
 """A corner that lies on the grid of 3.5 m patches, in Uruguay."""
 TIMEOUT_S = 5.0
 

@@ -16,8 +16,10 @@ Measured on a JPEG mosaic with a black collar (Bolivia, 0.25 m): the area of dar
 47.7 % of the image at 0, 48.09 % at 16, and then stops growing (48.10 % at 24).
 """
 SHORTEST_EDGE_CELLS, SHORTEST_EDGE_SHARE = 8, 0.01
-"""A collar takes at least this stretch of an edge: cells, and share of the longer side. Deep shadows and overexposed
-roofs cut by the edge are shorter (5 cells in the satellite test image)."""
+"""A collar takes at least this stretch of an edge from a corner on: cells, and share of the longer side."""
+SHORTEST_INNER_SHARE = 0.1
+"""A collar that reaches no corner takes at least this share of an edge. Deep shadows, ponds and overexposed roofs cut
+by the edge are shorter."""
 MAX_CELLS = 2048
 """Cells along the longer side of the map of collars."""
 
@@ -113,9 +115,11 @@ def _reach_from_edge(area: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _long_runs(line: NDArray[np.bool_], shortest: int) -> NDArray[np.bool_]:
-    """Keep the runs of True in a line that are at least ``shortest`` long."""
+    """Keep the runs of True in a line that are long enough; of those at its ends, ``shortest`` is."""
     number = np.cumsum(np.diff(line, prepend=False) != 0)  # odd inside runs, even between them
-    return np.asarray(line & (np.bincount(number)[number] >= shortest))
+    length = np.bincount(number)[number]
+    at_end = (number == number[0]) | (number == number[-1])
+    return np.asarray(line & (length >= np.where(at_end, shortest, max(shortest, SHORTEST_INNER_SHARE * len(line)))))
 
 
 def _fill_runs(area: NDArray[np.bool_], reached: NDArray[np.bool_]) -> NDArray[np.bool_]:

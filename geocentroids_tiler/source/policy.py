@@ -11,6 +11,7 @@ from geocentroids_tiler.errors import SourceRefusedError, SourceUnavailableError
 
 ACCEPTED = "an absolute http(s) URL, or a path relative to the folder the server was started with (--root)"
 MAX_URL_LENGTH = 4096
+_USERINFO = re.compile(r"^https?:[/\\]*[^/\\?#]*@", re.IGNORECASE)
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f-\xa0\\\u2028\u2029]")
 
 
@@ -71,6 +72,8 @@ def gdal_options(timeout_s: float) -> dict[str, str | int]:
 
 
 def _remote(url: str) -> Source:
+    if _USERINFO.search(url):  # first: no other message repeats a password
+        raise SourceRefusedError("the URL carries a user name or password; credentials in URLs are not accepted")
     if _FORBIDDEN.search(url):
         raise SourceRefusedError(f"{url!r} holds white space, a control character or a backslash; percent-encode it")
     try:
@@ -80,8 +83,6 @@ def _remote(url: str) -> Source:
         raise SourceRefusedError(f"{url!r} is not a URL ({error}); accepted: {ACCEPTED}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SourceRefusedError(f"{url!r} names no host; accepted: {ACCEPTED}")
-    if parts.username is not None or parts.password is not None:
-        raise SourceRefusedError("the URL carries a user name or password; credentials in URLs are not accepted")
     if "#" in url:
         raise SourceRefusedError(f"{url!r} has a fragment (#...); remove it")
     return Source(url)
