@@ -1,0 +1,103 @@
+"""Colours: on a screen, neither black nor white, showing likeness better than a stretch of the axes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from geocentroids_fit import color
+from geocentroids_fit.color import color_centroids, fit_gamut, score_colors, stretch_axes
+from geocentroids_tiler.colors import oklab_to_linear, srgb_to_oklab
+
+
+@pytest.fixture(scope="module")
+def centroids() -> np.ndarray:
+    """Groups of groups, as land cover has them, plus a few far away."""
+    rng = np.random.default_rng(0)
+    groups = rng.normal(0, 4, (6, 16))
+    sub = np.repeat(groups, 6, axis=0) + rng.normal(0, 2, (36, 16))
+    points = np.repeat(sub, 8, axis=0) + rng.normal(0, 1, (288, 16))
+    return np.concatenate([points, rng.normal(0, 12, (12, 16))]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def coloring(centroids: np.ndarray) -> color.Coloring:
+    return color_centroids(centroids, seed=1)
+
+
+def test_better_than_the_stretch_on_both_counts(coloring: color.Coloring) -> None:
+    assert coloring.score.rank_correlation > coloring.stretch.rank_correlation
+    assert coloring.score.neighbours > coloring.stretch.neighbours
+
+
+def test_neither_black_nor_white(coloring: color.Coloring) -> None:
+    lightness = srgb_to_oklab(coloring.colors)[:, 0]
+    assert lightness.min() > 0.3
+    assert lightness.max() < 0.95
+    assert np.ptp(lightness) > 0.35
+
+
+def test_many_hues(coloring: color.Coloring) -> None:
+    lab = srgb_to_oklab(coloring.colors)
+    hue = np.degrees(np.arctan2(lab[:, 2], lab[:, 1])) % 360
+    vivid = np.hypot(lab[:, 1], lab[:, 2]) > 0.04
+    assert vivid.mean() > 0.6
+    assert (np.histogram(hue[vivid], 12, (0, 360))[0] > 0).sum() >= 6
+
+
+def test_the_seed_decides(centroids: np.ndarray, coloring: color.Coloring) -> None:
+    assert (color_centroids(centroids, seed=1).colors == coloring.colors).all()
+
+
+def test_inside_the_gamut_however_large_the_cloud() -> None:
+    rng = np.random.default_rng(0)
+    lab = color._into_gamut(rng.normal([0.6, 0, 0], 0.4, (5000, 3)))
+    linear = oklab_to_linear(lab)
+    assert linear.min() > -1e-5
+    assert linear.max() < 1 + 1e-5
+    assert lab[:, 0].min() >= color.LIGHTNESS[0]
+    assert lab[:, 0].max() <= color.LIGHTNESS[1]
+
+
+def test_what_fits_is_left_as_it_is() -> None:
+    lab = np.array([[0.65, 0.03, 0.02], [0.6, -0.05, 0.01], [0.7, 0.0, 0.0]])
+    assert color._into_gamut(lab) == pytest.approx(lab, abs=1e-12)
+
+
+def test_pressing_keeps_hue_and_order() -> None:
+    chroma = np.linspace(0.01, 0.6, 60)
+    lab = color._into_gamut(np.stack([np.full(60, 0.6), 0.6 * chroma, 0.8 * chroma], axis=1))
+    assert lab[:, 2] * 0.6 == pytest.approx(lab[:, 1] * 0.8, abs=1e-12)
+    assert (np.diff(np.hypot(lab[:, 1], lab[:, 2])) >= 0).all()
+
+
+def test_natural_colours_choose_the_orientation() -> None:
+    rng = np.random.default_rng(0)
+    cloud = rng.normal(size=(200, 3))
+    natural = np.array([0.5, 0, 0]) + cloud[:, [2, 0, 1]] * [0.1, 0.02, 0.02]
+    lab = fit_gamut(cloud, cloud, natural=natural)
+    agreement = [np.corrcoef(lab[:, i], natural[:, i])[0, 1] for i in range(3)]
+    assert min(agreement) > 0.7
+
+
+def test_score_of_a_perfect_mapping() -> None:
+    colors = np.random.default_rng(0).integers(60, 200, (60, 3)).astype(np.uint8)
+    score = score_colors(srgb_to_oklab(colors), colors)
+    assert score.rank_correlation == pytest.approx(1)
+    assert score.neighbours == 1
+
+
+def test_stretch_fills_each_axis() -> None:
+    cloud = np.array([[0.0, 5, 1], [1, 6, 1], [4, 7, 1]])
+    assert stretch_axes(cloud).tolist() == [[0, 0, 0], [64, 128, 0], [255, 255, 0]]
+
+
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_few_centroids_get_distinct_hues(k: int) -> None:
+    colors = color_centroids(np.random.default_rng(0).normal(size=(k, 4))).colors
+    assert len(np.unique(colors, axis=0)) == k
+
+
+def test_centroids_all_alike() -> None:
+    colors = color_centroids(np.ones((20, 4)), metric="cosine").colors
+    assert colors.shape == (20, 3)
