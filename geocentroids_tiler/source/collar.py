@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ SHORTEST_EDGE_CELLS, SHORTEST_EDGE_SHARE = 8, 0.01
 SHORTEST_INNER_SHARE = 0.1
 """A collar that reaches no corner takes at least this share of an edge. Deep shadows, ponds and overexposed roofs cut
 by the edge are shorter."""
+NOISE_REACH_PX = 16
+"""Compression noise reaches this far from the edge of data: a block of JPEG with colours at half resolution."""
 MAX_CELLS = 2048
 """Cells along the longer side of the map of collars."""
 
@@ -58,7 +61,7 @@ class Collar:
         return near
 
 
-def find_collars(overview: NDArray[np.uint8]) -> tuple[Collar, ...]:
+def find_collars(overview: NDArray[np.uint8], cell_px: float) -> tuple[Collar, ...]:
     """Find the collars of an image.
 
     A collar is a flat black or white area, at least three cells wide, that takes a stretch of the image's edge. Dark
@@ -66,6 +69,7 @@ def find_collars(overview: NDArray[np.uint8]) -> tuple[Collar, ...]:
 
     Args:
         overview: the whole image, of shape (rows, cols, 3), averaged to at most ``MAX_CELLS`` a side.
+        cell_px: pixels of the image along a side of a cell, its pixel.
 
     Returns:
         None, one or two collars.
@@ -76,7 +80,8 @@ def find_collars(overview: NDArray[np.uint8]) -> tuple[Collar, ...]:
         reached = _reach_from_edge(core)
         if reached.any():
             area = _dilate(reached)
-            collars.append(Collar(inside=_erode(area), near=_dilate(_dilate(area)), white=white))
+            near = _dilate(area, max(2, math.ceil(NOISE_REACH_PX / cell_px)))
+            collars.append(Collar(inside=_erode(area), near=near, white=white))
     return tuple(collars)
 
 
@@ -85,19 +90,17 @@ def _is_flat(pixels: NDArray[np.uint8], white: bool, tolerance: int) -> NDArray[
     return np.asarray(flat)
 
 
-def _neighbours(mask: NDArray[np.bool_], outside: bool) -> list[NDArray[np.bool_]]:
-    """Return the mask shifted to each of the 3 x 3 positions; beyond the edge it counts as ``outside``."""
-    padded = np.pad(mask, 1, constant_values=outside)
-    rows, cols = mask.shape
-    return [padded[i : i + rows, j : j + cols] for i in range(3) for j in range(3)]
+def _dilate(mask: NDArray[np.bool_], cells: int = 1) -> NDArray[np.bool_]:
+    """Extend a mask by a number of cells in all eight directions; beyond the edge there is none of it."""
+    for _ in range(2):
+        padded = np.pad(mask, ((cells + 1, cells), (0, 0)))
+        below = np.cumsum(padded, axis=0, dtype=np.int32)  # how many are set from the top down to here
+        mask = (below[2 * cells + 1 :] > below[: -2 * cells - 1]).T
+    return mask
 
 
 def _erode(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    return np.asarray(np.logical_and.reduce(_neighbours(mask, outside=True)))
-
-
-def _dilate(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    return np.asarray(np.logical_or.reduce(_neighbours(mask, outside=False)))
+    return ~_dilate(~mask)
 
 
 def _reach_from_edge(area: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -149,7 +149,7 @@ def source_identity(source: Source, timeout_s: float) -> str:
         ):
             answer.raise_for_status()
             headers = answer.headers
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last: a host name that cannot be encoded
         raise SourceUnavailableError(f"cannot open {source.url!r}") from error
     length = headers.get("content-range", "").rpartition("/")[2] or headers.get("content-length", "")
     return "-".join([headers.get("etag", ""), headers.get("last-modified", ""), length])
@@ -185,7 +185,7 @@ def open_dataset(source: Source, identity: str, options: ReadOptions, codebook: 
         factors = raster.overviews(1)
         indexes = _rgb_indexes(raster, options)
         _check_dtype(raster, indexes, options)
-        collars = () if _states_validity(raster) else find_collars(_overview_of(raster, indexes, options))
+        collars = () if _states_validity(raster) else _collars_of(raster, indexes, options)
     fine_enough = [(factor, i) for i, factor in enumerate(factors) if gsd_m * factor <= preprocess.gsd_m * 1.01]
     a, b, _, d, e, _ = transform
     north_up = b == 0 and d == 0 and a > 0 and e < 0
@@ -321,11 +321,12 @@ def _states_validity(raster: Any) -> bool:
     return any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
 
 
-def _overview_of(raster: Any, indexes: tuple[int, int, int], options: ReadOptions) -> NDArray[np.uint8]:
-    """Return the whole image, averaged to at most ``MAX_CELLS`` a side, of shape (rows, cols, 3)."""
+def _collars_of(raster: Any, indexes: tuple[int, int, int], options: ReadOptions) -> tuple[Collar, ...]:
+    """Look for collars in the whole image, averaged to at most ``MAX_CELLS`` a side."""
     shape = _small_shape(raster, MAX_CELLS)
     values = raster.read(indexes, out_shape=(3, *shape), resampling=RasterioResampling.average)
-    return to_uint8(values.transpose(1, 2, 0), options.rescale)
+    overview = to_uint8(values.transpose(1, 2, 0), options.rescale)
+    return find_collars(overview, cell_px=max(raster.height / shape[0], raster.width / shape[1]))
 
 
 def _small_shape(raster: Any, longest: int) -> tuple[int, int]:
