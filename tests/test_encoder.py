@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -286,7 +287,7 @@ def grouped_assigner(encoder: Any, centroids: NDArray[np.float32], layout: Chunk
     table = centroid_table(centroids, "inner_product")
     graph = assign_graph(table, "inner_product", layout, chunks=chunks, explicit_ties=True)
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    return OnnxAssigner(session, table.labels, layout, chunks)
+    return OnnxAssigner(session, table.labels, layout, chunks, ThreadPoolExecutor(2))
 
 
 def test_chunks_grouped_in_padded_runs(encoder: Any) -> None:

@@ -100,6 +100,11 @@ class Encoder(Protocol):
         ...
 
     @property
+    def windows_at_once(self) -> int:
+        """Windows that keep the device busy when they are handed over together; a multiple of ``batch_windows``."""
+        ...
+
+    @property
     def info(self) -> DeviceInfo:
         """The device behind this encoder."""
         ...

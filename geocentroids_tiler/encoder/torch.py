@@ -111,6 +111,11 @@ class TorchEncoder:
         return self._batch_windows
 
     @property
+    def windows_at_once(self) -> int:
+        """Windows that keep the device busy."""
+        return self.batch_windows
+
+    @property
     def info(self) -> DeviceInfo:
         """The device behind this encoder."""
         return DeviceInfo(backend="torch", device=str(self._device), precision=self._precision, provider="sdpa")

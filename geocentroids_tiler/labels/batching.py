@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -32,7 +33,8 @@ class BatchQueue:
     """Runs work in batches: a free worker takes the oldest item and all that may go with it, and never waits for more.
 
     An exception in a batch of several is not shared: its items are run again one by one, so that only the item at
-    fault fails. With one worker the queue is the only user of whatever its lanes touch, for example a GPU.
+    fault fails. An item whose future was cancelled while it waited is left out. With one worker the queue is the only
+    user of whatever its lanes touch, for example a GPU.
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -71,7 +73,8 @@ class BatchQueue:
     def _run(self) -> None:
         while (batch := self._take()) is not None:
             lane, items, futures = batch
-            _run_batch(lane, items, futures)
+            wanted = [future.set_running_or_notify_cancel() for future in futures]  # from here on none is cancelled
+            _run_batch(lane, list(compress(items, wanted)), list(compress(futures, wanted)))
 
     def _take(self) -> tuple[Lane[Any, Any], list[Any], list[Future[Any]]] | None:
         with self._wake:
@@ -94,8 +97,12 @@ class BatchQueue:
 
 
 def _run_batch(lane: Lane[Any, Any], items: list[Any], futures: list[Future[Any]]) -> None:
+    if not items:
+        return
     try:
         results = lane.handle(items)
+        if len(results) != len(items):
+            raise RuntimeError(f"{len(items)} items gave {len(results)} results")
     except Exception as error:
         if len(items) == 1:
             futures[0].set_exception(error)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
 
 import numpy as np
-from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.encoder.base import ChunkLayout, Encoder, TokenHandle
 from geocentroids_tiler.grid import ChunkIndex, PatchRange
 from geocentroids_tiler.labels.batching import BatchQueue, Lane
-from geocentroids_tiler.labels.futures import done, follow, guard, guard_all, when_all
+from geocentroids_tiler.labels.futures import guard, guard_all, when_all
+from geocentroids_tiler.labels.once import Lru, Once
 from geocentroids_tiler.labels.store import ChunkKey, ChunkLabels, LabelStore
-from geocentroids_tiler.source import Dataset, WindowPixels, read_windows
+from geocentroids_tiler.source import Dataset, ReadOptions, WindowPixels, read_windows
 
 READ_BATCH = 16
 """Windows read through one opening of a file: opening costs as much as reading a few."""
@@ -31,7 +29,7 @@ CHUNKS_AHEAD = 128
 PIXEL_CACHE_BYTES = 64 * 2**20
 """Windows read but wanted again soon, as their own chunk's and as their neighbours'."""
 
-T = TypeVar("T")
+_WindowKey = tuple[tuple[str, str, ReadOptions], ChunkIndex]
 
 
 @dataclass(frozen=True)
@@ -87,13 +85,12 @@ class LabelEngine:
         self._assigner = encoder.assigner(
             codebook.centroids.astype(np.float32), codebook.manifest.assignment.metric, self.layout
         )
-        self._store = store
         self.device_name = f"{encoder.info.backend}/{encoder.info.provider}/{encoder.info.precision}"
-        self._lock = threading.RLock()
-        self._chunks: dict[ChunkKey, Future[ChunkLabels]] = {}
+        self.seconds_per_chunk = self._measure()
         window_bytes = 3 * (pre.window_patches * self._patch_px) ** 2
-        self._pixels: LRUCache[Any, Future[WindowPixels]] = LRUCache(max(16, PIXEL_CACHE_BYTES // window_bytes))
-        self._tokens: LRUCache[Any, Future[TokenHandle]] = LRUCache(max(16, token_cache_bytes // encoder.token_bytes()))
+        self._chunks: Once[ChunkKey, ChunkLabels] = Once(store)
+        self._pixels: Once[_WindowKey, WindowPixels] = Once(Lru(PIXEL_CACHE_BYTES // window_bytes))
+        self._tokens: Once[_WindowKey, TokenHandle] = Once(Lru(token_cache_bytes // encoder.token_bytes()))
         self._read: Lane[_WindowJob, WindowPixels] = Lane(
             self._read_batch, READ_BATCH, group_of=lambda job: job.dataset.key
         )
@@ -102,7 +99,6 @@ class LabelEngine:
         self.windows_encoded = 0
         self._reading = BatchQueue("geocentroids-read", read_threads)
         self._device = BatchQueue("geocentroids-device", 1)
-        self.seconds_per_chunk = self._measure()
 
     @property
     def windows_to_read(self) -> int:
@@ -115,37 +111,42 @@ class LabelEngine:
         return len(self._device)
 
     def close(self) -> None:
-        """Finish what is queued and end the threads."""
+        """Finish the chunks that were asked for, accept no others, and end the threads."""
+        wait(self._chunks.close())
         self._reading.close()
         self._device.close()
 
     def chunk(self, dataset: Dataset, index: ChunkIndex) -> Future[ChunkLabels]:
-        """Return the labels of one chunk: from memory, from whoever computes them already, or computed now."""
+        """Return the labels of one chunk: from memory, from whoever computes them already, or computed now.
+
+        Raises:
+            EncoderError: if it would have to be computed and the engine is closed.
+        """
         key = ChunkKey(*dataset.key, self.codebook.digest, self.device_name, *index)
-        with self._lock:
-            if (kept := self._store.get(key)) is not None:
-                return done(kept)
-            if (running := self._chunks.get(key)) is not None:
-                return running
-            future: Future[ChunkLabels] = Future()
-            self._chunks[key] = future
-        future.add_done_callback(partial(self._finish, key))
-        own = self._window(dataset, index)
-        own.add_done_callback(guard(future, partial(self._start_chunk, dataset, index, future)))
-        return future
+
+        def start(future: Future[ChunkLabels]) -> None:
+            own = self._window(dataset, index)
+            own.add_done_callback(guard(future, partial(self._start_chunk, dataset, index, future)))
+
+        return self._chunks.get(key, start)
+
+    def stream(self, dataset: Dataset, patches: PatchRange) -> Iterator[tuple[ChunkIndex, ChunkLabels]]:
+        """Yield the chunks that hold ``patches``, those outside of the dataset left out, row by row as they come."""
+        for index, future in self._ahead(dataset, patches):
+            yield index, future.result()
 
     def block(self, dataset: Dataset, patches: PatchRange) -> LabelBlock:
         """Return the labels of a rectangle of patches, waiting for them."""
         result = LabelBlock.empty(patches)
-        for index, future in self._ahead(dataset, patches):
-            result.paste(index, future.result())
+        for index, chunk in self.stream(dataset, patches):
+            result.paste(index, chunk)
         return result
 
     async def block_async(self, dataset: Dataset, patches: PatchRange) -> LabelBlock:
         """Return the labels of a rectangle of patches without holding a thread."""
         result = LabelBlock.empty(patches)
         for index, future in self._ahead(dataset, patches):
-            result.paste(index, await asyncio.wrap_future(follow(future)))
+            result.paste(index, await asyncio.wrap_future(future))
         return result
 
     def _ahead(self, dataset: Dataset, patches: PatchRange) -> Iterator[tuple[ChunkIndex, Future[ChunkLabels]]]:
@@ -183,48 +184,33 @@ class LabelEngine:
 
         self._device.submit(self._assign, tokens).add_done_callback(guard(future, finish))
 
-    def _finish(self, key: ChunkKey, future: Future[ChunkLabels]) -> None:
-        with self._lock:
-            if future.exception() is None:
-                self._store.put(key, future.result())
-            del self._chunks[key]
-
     def _window(self, dataset: Dataset, index: ChunkIndex) -> Future[WindowPixels]:
         """Return the pixels of a window, read once for all that want them at about the same time."""
-        return self._shared(
-            self._pixels,
-            (dataset.key, index),
-            lambda: self._reading.submit(self._read, _WindowJob(dataset, index)),
-        )
+
+        def start(future: Future[WindowPixels]) -> None:
+            job = _WindowJob(dataset, index)
+            self._reading.submit(self._read, job).add_done_callback(guard(future, future.set_result))
+
+        return self._pixels.get((dataset.key, index), start)
 
     def _window_tokens(self, dataset: Dataset, index: ChunkIndex) -> Future[TokenHandle]:
         """Return the tokens of a window, encoded once for all that want them at about the same time."""
 
-        def start() -> Future[TokenHandle]:
-            tokens: Future[TokenHandle] = Future()
-
+        def start(future: Future[TokenHandle]) -> None:
             def encode(window: WindowPixels) -> None:
-                self._device.submit(self._encode, window.pixels).add_done_callback(guard(tokens, tokens.set_result))
+                self._device.submit(self._encode, window.pixels).add_done_callback(guard(future, future.set_result))
 
-            self._window(dataset, index).add_done_callback(guard(tokens, encode))
-            return tokens
+            self._window(dataset, index).add_done_callback(guard(future, encode))
 
-        return self._shared(self._tokens, (dataset.key, index), start)
-
-    def _shared(self, cache: LRUCache[Any, Future[T]], key: Any, start: Callable[[], Future[T]]) -> Future[T]:
-        """Return the future kept under ``key``, or start one; one that failed is started again."""
-        with self._lock:
-            future = cache.get(key)
-            if future is None or (future.done() and future.exception() is not None):
-                future = cache[key] = start()
-            return future
+        return self._tokens.get((dataset.key, index), start)
 
     def _read_batch(self, jobs: Sequence[_WindowJob]) -> list[WindowPixels]:
         return read_windows(jobs[0].dataset, [job.index for job in jobs], self._patch_px)
 
     def _encode_batch(self, windows: Sequence[NDArray[np.uint8]]) -> list[TokenHandle]:
+        tokens = self.encoder.encode(np.stack(windows))
         self.windows_encoded += len(windows)
-        return self.encoder.encode(np.stack(windows))
+        return tokens
 
     def _assign_batch(self, chunks: Sequence[Sequence[TokenHandle]]) -> list[ChunkLabels]:
         labels, similarity = self._assigner.assign(chunks)
@@ -233,7 +219,7 @@ class LabelEngine:
     def _measure(self) -> float:
         """Run the model as it will be run and return the seconds that a chunk takes when the device is busy."""
         size = self.layout.window_patches * self._patch_px
-        windows = np.random.default_rng(0).integers(0, 255, (self.encoder.batch_windows, size, size, 3), np.uint8)
+        windows = np.random.default_rng(0).integers(0, 255, (self.encoder.windows_at_once, size, size, 3), np.uint8)
         best = float("inf")
         for _ in range(3):  # the first run allocates
             start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rasterio.windows import Window
 from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.grid import Grid, PatchRange
-from geocentroids_tiler.labels.engine import LabelEngine
+from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
 from geocentroids_tiler.source import Dataset
 
 _BLOCK = 256
@@ -48,11 +49,11 @@ def classify(
     dataset: Dataset,
     classes: Classes,
     destination: Path,
-    progress: Callable[[int], None] = lambda chunks: None,
+    progress: Callable[[int], object] = lambda chunks: None,
 ) -> None:
     """Label a whole dataset and write the labels as a Cloud Optimized GeoTIFF with overviews by mode.
 
-    Labels are written as they are computed, a row of chunks at a time, so memory does not grow with the image. The
+    Labels are written as they are computed, a row of chunks at a time, so memory grows with the image's width only. The
     destination appears when it is complete.
 
     Args:
@@ -68,17 +69,17 @@ def classify(
     if not destination.parent.is_dir():
         raise InputError(f"the folder {destination.parent} does not exist")
     footprint, stride = dataset.footprint, engine.layout.stride_patches
-    chunks = footprint.chunk_range(stride)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as work:
         plain, cog = Path(work) / "labels.tif", Path(work) / "cog.tif"
         with rasterio.open(plain, "w", **_profile(footprint, dataset.grid)) as raster:
-            for row in range(chunks.row_start, chunks.row_stop):
+            for row, chunks in groupby(engine.stream(dataset, footprint), key=lambda item: item[0].row):
                 strip = PatchRange(row * stride, (row + 1) * stride, footprint.col_start, footprint.col_stop)
-                strip = strip.intersect(footprint)
-                ids = classes.of_labels(engine.block(dataset, strip).labels)
-                window = Window(0, strip.row_start - footprint.row_start, strip.shape[1], strip.shape[0])
-                raster.write(ids, 1, window=window)
-                progress(chunks.shape[1])
+                block = LabelBlock.empty(strip.intersect(footprint))
+                for index, chunk in chunks:
+                    block.paste(index, chunk)
+                    progress(1)
+                window = Window(0, block.patches.row_start - footprint.row_start, *block.patches.shape[::-1])
+                raster.write(classes.of_labels(block.labels), 1, window=window)
             _describe(raster, engine.codebook, classes)
         with rasterio.Env(GDAL_CACHEMAX=64):
             copy_raster(

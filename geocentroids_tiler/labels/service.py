@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-from cachetools import LRUCache, TTLCache
+from cachetools import LRUCache
 
 from geocentroids_tiler.codebook import ENCODER_FILE, Classes, Codebook
-from geocentroids_tiler.encoder import EncoderSource, load_encoder
+from geocentroids_tiler.encoder import Encoder, EncoderSource, load_encoder
 from geocentroids_tiler.errors import CodebookError
 from geocentroids_tiler.hub import find_codebook
 from geocentroids_tiler.labels.engine import LabelEngine
-from geocentroids_tiler.labels.futures import then
+from geocentroids_tiler.labels.futures import guard, then
+from geocentroids_tiler.labels.once import Once
 from geocentroids_tiler.labels.store import LabelStore
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.source import (
@@ -31,43 +31,141 @@ from geocentroids_tiler.source import (
 
 logger = logging.getLogger(__name__)
 
-MAX_DATASETS = 1024
-"""Datasets remembered at once; one takes some kilobytes, with a collar up to a few megabytes."""
+DATASET_CACHE_BYTES = 128 * 2**20
+"""Memory for datasets; one takes some kilobytes, with collars up to 16 MB."""
+MAX_SOURCES = 4096
+"""Sources whose identity is remembered."""
 MAX_CUTS = 64
 """Cuts of merge trees remembered at once."""
 OPEN_THREADS = 8
 """Headers read at once. They wait for the network, not for the CPU."""
 WORK_THREADS = 4
-"""Tiles drawn, and exports and statistics gathered, at once."""
+"""Tiles drawn, short pieces of work done, and exports and statistics gathered at once: a pool of threads for each,
+so that a long export holds up no tile."""
+
+_DatasetKey = tuple[str, ReadOptions, str]
+
+
+def encoder_source(codebook: Codebook) -> EncoderSource:
+    """Return where the encoder of a codebook comes from and what it has to be.
+
+    Raises:
+        CodebookError: if the manifest names an embedded encoder and there is none.
+    """
+    section, pre = codebook.manifest.encoder, codebook.manifest.preprocess
+    embedded = codebook.encoder_path
+    named_embedded = section.source == ENCODER_FILE
+    if named_embedded and embedded is None:
+        raise CodebookError(f"codebook {codebook.name!r} names {ENCODER_FILE} as its encoder, but has none")
+    return EncoderSource(
+        onnx_path=embedded,
+        model=None if named_embedded else section.source,
+        revision=section.revision,
+        architecture=section.architecture,
+        dim=section.dim,
+        patch_px=section.patch_px,
+        register_tokens=section.register_tokens,
+        window_patches=pre.window_patches,
+        mean=pre.mean,
+        std=pre.std,
+        # The digest is of the file that the manifest names; an export of it beside the codebook is another file.
+        sha256=section.sha256 if named_embedded or embedded is None else None,
+        allow_download=False,
+    )
+
+
+def load_codebook_encoder(codebook: Codebook, settings: Settings) -> Encoder:
+    """Load the encoder of a codebook.
+
+    Raises:
+        EncoderError: if it cannot be loaded or run here.
+        CodebookError: if the manifest names an embedded encoder and there is none.
+    """
+    return load_encoder(
+        encoder_source(codebook),
+        backend=settings.backend,
+        provider=settings.provider,
+        device=settings.device,
+        precision=settings.precision,
+        threads=settings.threads,
+        batch_windows=settings.batch_windows,
+    )
+
+
+@dataclass(frozen=True)
+class _Identity:
+    text: str
+    asked_at: float
 
 
 @dataclass(frozen=True)
 class _Opened:
     dataset: Dataset
-    checked_at: float
+    identity: _Identity
+
+
+class _Datasets:
+    """Datasets that were opened, bounded in bytes, least recently used out first. Safe for threads."""
+
+    def __init__(self, fresh: Callable[[_Identity], bool]) -> None:
+        self._lock = threading.Lock()
+        self._fresh = fresh
+        self._cache: LRUCache[_DatasetKey, _Opened] = LRUCache(
+            DATASET_CACHE_BYTES, getsizeof=lambda opened: _dataset_bytes(opened.dataset)
+        )
+
+    def get(self, key: _DatasetKey) -> _Opened | None:
+        """Return a dataset whose source was asked not long ago, or None."""
+        known = self.known(key)
+        return known if known is not None and self._fresh(known.identity) else None
+
+    def known(self, key: _DatasetKey) -> _Opened | None:
+        """Return a dataset whenever its source was asked, or None."""
+        with self._lock:
+            return self._cache.get(key)
+
+    def put(self, key: _DatasetKey, opened: _Opened) -> None:
+        """Keep a dataset, unless it is larger than the whole cache."""
+        with self._lock:
+            if _dataset_bytes(opened.dataset) <= self._cache.maxsize:
+                self._cache[key] = opened
 
 
 class Service:
-    """Shared state behind the HTTP routes and the command line. Safe for threads and for several event loops."""
+    """Shared state behind the HTTP routes and the command line. Safe for threads and for several event loops.
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        settings: what the operator chose.
+        clock: tells the time in seconds.
+        load: loads the encoder of a codebook.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        load: Callable[[Codebook, Settings], Encoder] = load_codebook_encoder,
+    ) -> None:
         self.settings = settings
         self._clock = clock
+        self._load = load
         self._lock = threading.Lock()
         self._codebooks: dict[str, Codebook] = {}
         self._classes: LRUCache[tuple[str, int | None], Classes] = LRUCache(MAX_CUTS)
         self._engines: dict[str, Future[LabelEngine]] = {}
-        self._datasets: LRUCache[Any, Future[_Opened]] = LRUCache(MAX_DATASETS)
-        self._identities: TTLCache[str, str] = TTLCache(MAX_DATASETS, settings.source_ttl_s, timer=clock)
+        self._datasets = _Datasets(self._is_fresh)
+        self._opened: Once[_DatasetKey, _Opened] = Once(self._datasets)
+        self._identities: LRUCache[str, _Identity] = LRUCache(MAX_SOURCES)
         self.store = LabelStore(settings.label_cache_bytes)
         self._opening = ThreadPoolExecutor(OPEN_THREADS, "geocentroids-open")
         self._loading = ThreadPoolExecutor(1, "geocentroids-load")
         self.drawing = ThreadPoolExecutor(WORK_THREADS, "geocentroids-draw")
         self.working = ThreadPoolExecutor(WORK_THREADS, "geocentroids-work")
+        self.exporting = ThreadPoolExecutor(WORK_THREADS, "geocentroids-export")
 
     def close(self) -> None:
         """Finish what runs and end all threads."""
-        for pool in (self._opening, self._loading, self.working, self.drawing):
+        for pool in (self._opening, self._loading, self.exporting, self.working, self.drawing):
             pool.shutdown(cancel_futures=True)
         for future in self._engines.values():
             if future.done() and not future.cancelled() and future.exception() is None:
@@ -143,24 +241,19 @@ class Service:
         """
         source = resolve_source(url, self.settings.root)
         key = (source.url, options, codebook.digest)
-        with self._lock:
-            running = self._datasets.get(key)
-            if running is None or (running.done() and running.exception() is not None):
-                known = None
-            elif not running.done() or self._clock() - running.result().checked_at < self.settings.source_ttl_s:
-                return then(running, lambda opened: opened.dataset)
-            else:
-                known = running.result().dataset
 
-            def open_or_confirm() -> _Opened:
-                now = self._clock()
-                identity = self.identity(source)
-                if known is not None and identity == known.identity:
-                    return _Opened(known, now)
-                return _Opened(open_dataset(source, identity, options, codebook, self.settings.source_timeout_s), now)
+        def open_or_confirm() -> _Opened:
+            identity = self._identity(source)
+            known = self._datasets.known(key)
+            if known is not None and known.identity.text == identity.text:
+                return _Opened(known.dataset, identity)
+            timeout_s = self.settings.source_timeout_s
+            return _Opened(open_dataset(source, identity.text, options, codebook, timeout_s), identity)
 
-            future = self._datasets[key] = self._opening.submit(open_or_confirm)
-        return then(future, lambda opened: opened.dataset)
+        def start(future: Future[_Opened]) -> None:
+            self._opening.submit(open_or_confirm).add_done_callback(guard(future, future.set_result))
+
+        return then(self._opened.get(key, start), lambda opened: opened.dataset)
 
     def identity(self, source: Source) -> str:
         """Return what changes when a source's content does, asked at most every ``source_ttl_s``.
@@ -168,25 +261,24 @@ class Service:
         Raises:
             SourceUnavailableError: if the source does not answer.
         """
+        return self._identity(source).text
+
+    def _identity(self, source: Source) -> _Identity:
         with self._lock:
             known = self._identities.get(source.url)
-        if known is None:
-            known = source_identity(source, self.settings.source_timeout_s)
+        if known is None or not self._is_fresh(known):
+            asked_at = self._clock()
+            known = _Identity(source_identity(source, self.settings.source_timeout_s), asked_at)
             with self._lock:
                 self._identities[source.url] = known
         return known
 
+    def _is_fresh(self, identity: _Identity) -> bool:
+        return self._clock() - identity.asked_at < self.settings.source_ttl_s
+
     def _load_engine(self, codebook: Codebook) -> LabelEngine:
         settings = self.settings
-        encoder = load_encoder(
-            encoder_source(codebook),
-            backend=settings.backend,
-            provider=settings.provider,
-            device=settings.device,
-            precision=settings.precision,
-            threads=settings.threads,
-            batch_windows=settings.batch_windows,
-        )
+        encoder = self._load(codebook, settings)
         engine = LabelEngine(
             codebook,
             encoder,
@@ -198,29 +290,5 @@ class Service:
         return engine
 
 
-def encoder_source(codebook: Codebook) -> EncoderSource:
-    """Return where the encoder of a codebook comes from and what it has to be.
-
-    Raises:
-        CodebookError: if the manifest names an embedded encoder and there is none.
-    """
-    section, pre = codebook.manifest.encoder, codebook.manifest.preprocess
-    embedded = codebook.encoder_path
-    named_embedded = section.source == ENCODER_FILE
-    if named_embedded and embedded is None:
-        raise CodebookError(f"codebook {codebook.name!r} names {ENCODER_FILE} as its encoder, but has none")
-    return EncoderSource(
-        onnx_path=embedded,
-        model=None if named_embedded else section.source,
-        revision=section.revision,
-        architecture=section.architecture,
-        dim=section.dim,
-        patch_px=section.patch_px,
-        register_tokens=section.register_tokens,
-        window_patches=pre.window_patches,
-        mean=pre.mean,
-        std=pre.std,
-        # The digest is of the file that the manifest names; an export of it beside the codebook is another file.
-        sha256=section.sha256 if named_embedded or embedded is None else None,
-        allow_download=False,
-    )
+def _dataset_bytes(dataset: Dataset) -> int:
+    return 4096 + sum(collar.inside.nbytes + collar.near.nbytes for collar in dataset.collars)
