@@ -16,25 +16,26 @@ from titiler.core.factory import TilerFactory, TMSFactory
 
 from geocentroids_tiler import __version__
 from geocentroids_tiler.errors import GeocentroidsError, http_status
-from geocentroids_tiler.handlers import NoStoreRoute, run
+from geocentroids_tiler.handlers import NoStoreRoute, find_codebook, run
 from geocentroids_tiler.hub import list_codebooks
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.metrics import exposition
-from geocentroids_tiler.params import path_param
+from geocentroids_tiler.params import ReadParams, path_param
 from geocentroids_tiler.responses import CodebookInfo, codebook_info
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.source import open_raster, resolve_source
 from geocentroids_tiler.tiler import GeocentroidsExtension
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, service: Service | None = None) -> FastAPI:
     """Build the application.
 
     Args:
         settings: what the operator chose; read from the environment if not given.
+        service: shared state, made from ``settings`` if not given; its own settings hold.
     """
-    settings = settings or Settings()
-    service = Service(settings)
+    service = service or Service(settings or Settings())
+    settings = service.settings
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -135,7 +136,7 @@ def _health_router(service: Service) -> APIRouter:
     async def readyz() -> JSONResponse:
         """Answer 200 once the default codebook's encoder has run."""
         try:
-            ready = service.loaded(await run(service.working, service.codebook, None))
+            ready = service.loaded(await find_codebook(service, ReadParams()))
             reason = "the encoder is loading"
         except GeocentroidsError as error:
             ready, reason = False, str(error)

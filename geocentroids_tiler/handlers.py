@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
-from morecantile import TileMatrixSet
 from starlette.requests import Request
 
 from geocentroids_tiler.area import Area, area_of_geometry
 from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
 from geocentroids_tiler.errors import GeocentroidsError, InputError, http_status
-from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
+from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.export import label_geotiff
 from geocentroids_tiler.labels.futures import follow
 from geocentroids_tiler.labels.service import Service
@@ -27,7 +27,6 @@ from geocentroids_tiler.params import ReadParams, StyleParams
 from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat, encode_indexed, palette_index, transparent_tile
 from geocentroids_tiler.responses import area_statistics, with_statistics
 from geocentroids_tiler.source import Dataset
-from geocentroids_tiler.tiles import zoom_range
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,29 +63,6 @@ class NoStoreRoute(APIRoute):
         return handle
 
 
-class ZoomsReader:
-    """What TiTiler's WMTS extension asks of a reader: bounds and zoom levels."""
-
-    def __init__(self, service: Service, url: str, tms: TileMatrixSet | None = None, **params: Any) -> None:
-        read = ReadParams(**params)
-        codebook = service.codebook(read.codebook)
-        self._dataset = service.dataset(url, read.options, codebook).result()
-        if tms is not None:
-            engine = service.engine(codebook).result()
-            budget_s = service.settings.tile_budget_s
-            self.minzoom, self.maxzoom = zoom_range(tms, self._dataset, engine.seconds_per_chunk, budget_s)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def get_geographic_bounds(self, crs: Any) -> tuple[float, float, float, float]:
-        """Return west, south, east, north in degrees; ``crs`` is always WGS 84 here."""
-        return self._dataset.geographic_bounds
-
-
 async def run(pool: Executor, function: Callable[..., T], *args: Any) -> T:
     """Run a function in a pool of threads."""
     return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
@@ -121,6 +97,22 @@ async def open_all(service: Service, url: str, read: ReadParams) -> tuple[Codebo
     return codebook, dataset, await find_engine(service, codebook)
 
 
+def parse_json(body: bytes) -> Any:
+    """Read JSON, without the NaN and Infinity that Python takes for numbers and JSON does not have.
+
+    Raises:
+        InputError: if it is anything else.
+    """
+
+    def refuse(constant: str) -> None:
+        raise InputError(f"{constant} is not a JSON number")
+
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except ValueError as error:
+        raise InputError(f"the body is not JSON: {error}") from error
+
+
 def empty_tile(size_px: int, image_format: ImageFormat, reason: str) -> Response:
     """Return a transparent tile with status 200 (QGIS retries errors) and a header that says why it is empty."""
     headers = {REASON_HEADER: reason, "Cache-Control": EMPTY_CACHE_CONTROL}
@@ -152,7 +144,8 @@ def export(
     codebook = engine.codebook
     style = look.style(codebook)
     classes = service.classes(codebook, look.classes)
-    block = _block_of(service, engine, dataset, area)
+    _check_cost(service, engine, [area])
+    block = engine.block(dataset, area.patches)
     labels = np.where(area.inside, block.labels, np.uint16(NODATA_LABEL))
     if raster_format == "tif":
         content = label_geotiff(classes.of_labels(labels), area.patches, dataset.grid, codebook, classes)
@@ -165,24 +158,32 @@ def export(
     return Response(encode_indexed(index, palette, "png"), media_type=MEDIA_TYPE["png"])
 
 
-def feature_statistics(
-    service: Service, engine: LabelEngine, dataset: Dataset, feature: dict[str, Any], classes: Classes
-) -> dict[str, Any]:
-    """Return a feature with the area of every class inside it."""
-    area = area_of_feature(feature, dataset)
-    block = _block_of(service, engine, dataset, area)
-    return with_statistics(feature, area_statistics(block, area, classes, dataset.grid.patch_area_m2))
+def statistics_of(
+    service: Service, engine: LabelEngine, dataset: Dataset, features: Sequence[dict[str, Any]], classes: Classes
+) -> list[dict[str, Any]]:
+    """Return features with the area of every class inside each.
+
+    Raises:
+        InputError: if one is not a polygon, or all together hold too many patches.
+    """
+    areas = [area_of_feature(feature, dataset) for feature in features]
+    _check_cost(service, engine, areas)
+    patch_area_m2 = dataset.grid.patch_area_m2
+    return [
+        with_statistics(feature, area_statistics(engine.block(dataset, area.patches), area, classes, patch_area_m2))
+        for feature, area in zip(features, areas, strict=True)
+    ]
 
 
-def _block_of(service: Service, engine: LabelEngine, dataset: Dataset, area: Area) -> LabelBlock:
-    rows, cols = area.patches.chunk_range(engine.layout.stride_patches).shape
-    limit = service.settings.max_chunks
-    if rows * cols > limit:
+def _check_cost(service: Service, engine: LabelEngine, areas: Sequence[Area]) -> None:
+    """Raise InputError if areas need more chunks than one request may have computed."""
+    shapes = [area.patches.chunk_range(engine.layout.stride_patches).shape for area in areas]
+    needed, limit = sum(rows * cols for rows, cols in shapes), service.settings.max_chunks
+    if needed > limit:
         raise InputError(
-            f"the area needs {rows * cols} chunks; this server computes at most {limit} in one request. "
+            f"the area needs {needed} chunks; this server computes at most {limit} in one request. "
             "Split it, or use geocentroids classify"
         )
-    return engine.block(dataset, area.patches)
 
 
 def _error(detail: Any, status: int) -> JSONResponse:

@@ -2,7 +2,6 @@
 
 # No "from __future__ import annotations" here: FastAPI has to see the factory's types in the routes' annotations.
 from collections.abc import Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any
 from urllib.parse import urlencode
@@ -17,27 +16,28 @@ from starlette.requests import Request
 from titiler.core.dependencies import DatasetPathParams
 from titiler.core.factory import FactoryExtension, TilerFactory
 from titiler.core.models.mapbox import TileJSON
-from titiler.extensions.wmts import wmtsExtension
+from titiler.core.resources.responses import XMLResponse
+from titiler.extensions.wmts import DEFAULT_TEMPLATES as WMTS_TEMPLATES
 
 from geocentroids_tiler import viewer
 from geocentroids_tiler.area import area_of_bbox
-from geocentroids_tiler.codebook import NODATA_LABEL
+from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.grid import WGS84, PatchRange, parse_crs, project
 from geocentroids_tiler.handlers import (
     NoStoreRoute,
     RasterFormat,
-    ZoomsReader,
     area_of_feature,
     empty_tile,
     export,
-    feature_statistics,
     find_classes,
     find_codebook,
     find_dataset,
     find_engine,
     open_all,
+    parse_json,
     run,
+    statistics_of,
 )
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.params import (
@@ -53,8 +53,13 @@ from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat
 from geocentroids_tiler.responses import ImageInfo, Legend, PointInfo, image_info, legend, point_info
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.tiles import TileCache, TileKey, check_zoom, draw_tile, tile_view, zoom_range
+from geocentroids_tiler.wmts import capabilities
 
 PREFIX = "/geocentroids"
+
+_OGC_PARAMETERS = {"service", "request", "acceptversions", "sections", "updatesequence", "acceptformats", "version"}
+_NOT_FOR_WMTS_TILES = {"tile_format", "use_epsg", "tilesize"} | _OGC_PARAMETERS
+"""Parameters of the capabilities that are no parameters of tiles; a WMTS tile has the size that its matrix states."""
 
 _TILE_ANSWER: dict[str, Any] = {
     "response_class": Response,
@@ -98,7 +103,6 @@ class GeocentroidsExtension(FactoryExtension):
             supported_tms=factory.supported_tms,
             # TiTiler's own dependency is synchronous: with it every tile would wait for a thread.
             path_dependency=path_param if path_dependency is DatasetPathParams else path_dependency,
-            extensions=[wmtsExtension(tile_dependencies=[], layer_identifier_provider=lambda _: "geocentroids")],
         )
         # The routes themselves, not an included router, so that the factory's route_dependencies reach them.
         factory.router.routes.extend(self.factory.router.routes)
@@ -109,19 +113,18 @@ class ClassTilerFactory(TilerFactory):
     """Routes for classes in place of TiTiler's routes for pixels, under the same names and parameters."""
 
     service: Service
-    reader_dependency: Any = read_params
     tile_cache: TileCache = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        """Let TiTiler register the routes; its WMTS extension asks ``reader`` for bounds and zooms."""
+        """Let TiTiler register the routes."""
         self.tile_cache = TileCache(self.service.settings.tile_cache_bytes)
-        self.reader = partial(ZoomsReader, self.service)  # type: ignore[assignment]
         super().__attrs_post_init__()  # type: ignore[no-untyped-call]
 
     def register_routes(self) -> None:
         """Register every route of this factory."""
         self.tile()
         self.tilejson()
+        self.wmts()
         self.map_viewer()
         self.info()
         self.point()
@@ -139,6 +142,11 @@ class ClassTilerFactory(TilerFactory):
         if name not in self.supported_tms.list():
             raise InputError(f"{name!r} is not a TileMatrixSet here; accepted: {', '.join(self.supported_tms.list())}")
         return self.supported_tms.get(name)
+
+    async def _check_look(self, codebook: Codebook, look: StyleParams) -> None:
+        """Raise InputError if tiles cannot be drawn that way."""
+        look.style(codebook)
+        await find_classes(self.service, codebook, look.classes)
 
     def tile(self) -> None:
         """Register /tiles."""
@@ -221,9 +229,9 @@ class ClassTilerFactory(TilerFactory):
             look: StyleParams = Depends(style_params),
         ) -> TileJSON:
             """Return the TileJSON document of an image's classes."""
-            codebook, dataset, engine = await open_all(service, url, read)
-            look.style(codebook)
             tms = self._tms(tileMatrixSetId)
+            codebook, dataset, engine = await open_all(service, url, read)
+            await self._check_look(codebook, look)
             minzoom, maxzoom = zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
             query = [(name, value) for name, value in request.query_params.multi_items() if name != "tile_format"]
             if "tilesize" not in request.query_params:
@@ -241,6 +249,47 @@ class ClassTilerFactory(TilerFactory):
                 minzoom=max(0, minzoom),
                 maxzoom=maxzoom,
             )
+
+    def wmts(self) -> None:
+        """Register /WMTSCapabilities.xml."""
+        service = self.service
+
+        @self.router.get(
+            "/WMTSCapabilities.xml",
+            response_class=XMLResponse,
+            responses={200: {"content": {"application/xml": {}}, "description": "The capabilities."}},
+            **self._route("getWMTS"),
+        )
+        async def wmts(
+            request: Request,
+            tile_format: ImageFormat = "png",
+            use_epsg: Annotated[bool, Query(description="Name coordinate systems by EPSG code, for ArcMap.")] = False,
+            url: str = Depends(self.path_dependency),
+            read: ReadParams = Depends(read_params),
+            look: StyleParams = Depends(style_params),
+        ) -> Response:
+            """Return the WMTS capabilities of an image's classes: a layer for each TileMatrixSet that holds it."""
+            codebook, dataset, engine = await open_all(service, url, read)
+            await self._check_look(codebook, look)
+            query = [item for item in request.query_params.multi_items() if item[0].lower() not in _NOT_FOR_WMTS_TILES]
+
+            def tiles_url(tms: str) -> str:
+                place = {"z": "{TileMatrix}", "x": "{TileCol}", "y": "{TileRow}"}
+                return self.url_for(request, "tile", tileMatrixSetId=tms, format=tile_format, **place)
+
+            context = await run(
+                service.working,
+                capabilities,
+                dataset,
+                [self.supported_tms.get(name) for name in self.supported_tms.list()],
+                engine.seconds_per_chunk,
+                service.settings.tile_budget_s,
+                tiles_url,
+                urlencode(query),
+                MEDIA_TYPE[tile_format],
+                use_epsg,
+            )
+            return WMTS_TEMPLATES.TemplateResponse(request, "wmts.xml", context, media_type="application/xml")
 
     def map_viewer(self) -> None:
         """Register /map.html and the viewer's files."""
@@ -298,7 +347,8 @@ class ClassTilerFactory(TilerFactory):
         async def info(url: str = Depends(self.path_dependency), read: ReadParams = Depends(read_params)) -> ImageInfo:
             """Return the grid of an image, the codebook, and what labelling all of it would cost."""
             _, dataset, engine = await open_all(service, url, read)
-            tms = self._tms("WebMercatorQuad")
+            known = self.supported_tms.list()
+            tms = self._tms("WebMercatorQuad" if "WebMercatorQuad" in known else known[0])
             zooms = zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
             return image_info(dataset, engine, zooms)
 
@@ -352,7 +402,7 @@ class ClassTilerFactory(TilerFactory):
             area = await run(
                 service.working, area_of_bbox, (minx, miny, maxx, maxy), crs, dataset.grid, dataset.footprint
             )
-            return await run(service.working, export, service, engine, dataset, area, look, format)
+            return await run(service.exporting, export, service, engine, dataset, area, look, format)
 
         @self.router.post("/feature.{format}", **self._route("postFeature", _RASTER_ANSWER))
         async def feature_image(
@@ -365,7 +415,7 @@ class ClassTilerFactory(TilerFactory):
             """Return the labels of a polygon, one pixel per patch."""
             _, dataset, engine = await open_all(service, url, read)
             area = await run(service.working, area_of_feature, feature.model_dump(), dataset)
-            return await run(service.working, export, service, engine, dataset, area, look, format)
+            return await run(service.exporting, export, service, engine, dataset, area, look, format)
 
     def statistics(self) -> None:
         """Register /statistics."""
@@ -385,12 +435,9 @@ class ClassTilerFactory(TilerFactory):
             """Return the same features, each with the area of every class inside it."""
             codebook, dataset, engine = await open_all(service, url, read)
             merged = await find_classes(service, codebook, classes)
-            given = await request.json()  # as it came: members that the models do not know stay
+            given = parse_json(await request.body())  # as it came: members that the models do not know stay
             features = given["features"] if isinstance(geojson, FeatureCollection) else [given]
-            answered = [
-                await run(service.working, feature_statistics, service, engine, dataset, feature, merged)
-                for feature in features
-            ]
+            answered = await run(service.exporting, statistics_of, service, engine, dataset, features, merged)
             whole = {**given, "features": answered} if isinstance(geojson, FeatureCollection) else answered[0]
             return JSONResponse(whole, media_type="application/geo+json")
 
