@@ -91,7 +91,8 @@ def area_of_geometry(geometry: Mapping[str, Any], grid: Grid, footprint: PatchRa
     if kind not in _POLYGONS:
         raise InputError(f"geometry is a {kind}; accepted: {' and '.join(_POLYGONS)}")
     try:
-        polygon = shape(dict(geometry))
+        with np.errstate(invalid="ignore"):  # not-a-number makes an invalid polygon, and is said below
+            polygon = shape(dict(geometry))
     except (GEOSException, ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(f"geometry is not a readable {kind}: {error}") from error
     if polygon.is_empty or not polygon.is_valid:
