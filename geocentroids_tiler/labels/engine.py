@@ -94,8 +94,8 @@ class LabelEngine:
         self._read: Lane[_WindowJob, WindowPixels] = Lane(
             self._read_batch, READ_BATCH, group_of=lambda job: job.dataset.key
         )
-        self._encode: Lane[NDArray[np.uint8], TokenHandle] = Lane(self._encode_batch, encoder.batch_windows)
-        self._assign: Lane[Sequence[TokenHandle], ChunkLabels] = Lane(self._assign_batch, 4 * encoder.batch_windows)
+        self._encode: Lane[NDArray[np.uint8], TokenHandle] = Lane(self._encode_batch, encoder.windows_at_once)
+        self._assign: Lane[Sequence[TokenHandle], ChunkLabels] = Lane(self._assign_batch, 4 * encoder.windows_at_once)
         self.windows_encoded = 0
         self._reading = BatchQueue("geocentroids-read", read_threads)
         self._device = BatchQueue("geocentroids-device", 1)
