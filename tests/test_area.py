@@ -99,7 +99,7 @@ def test_boxes_in_other_systems(name: str) -> None:
     assert np.array_equal(found[clear], expected[clear])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.floats(0.01, 0.99), st.floats(0.01, 0.99), st.sampled_from(["lon", "lat"]))
 def test_adjacent_boxes_share_out_the_patches(u: float, v: float, axis: str) -> None:
     """Every patch lies in exactly one of two boxes with a common edge, also when centres are a hair from it."""
@@ -145,7 +145,7 @@ def test_polygons(polygon: Any) -> None:
     check_polygon(polygon)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(shares, shares), min_size=3, max_size=9, unique=True))
 def test_any_polygon(corners: list[tuple[float, float]]) -> None:
     polygon = shapely.MultiPoint([at(*corner) for corner in corners]).convex_hull
