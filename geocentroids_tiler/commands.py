@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from geocentroids_tiler.labels.service import Service
     from geocentroids_tiler.source import Dataset, ReadOptions
 
+DEMO_BUDGET_S = 600
 DEMO_FOLDER = Path.home() / ".cache" / "geocentroids" / "demo"
 
 codebook_option = click.option("--codebook", help="Name of an installed codebook, or a codebook directory.")
@@ -43,7 +44,8 @@ def demo(host: str, port: int, codebook: str | None, folder: Path) -> None:
     check_port(host, port)
     click.echo("Drawing the sample scene (first time only) ...", err=True)
     scene = ensure_demo_scene(folder)
-    settings = load_settings(codebook=codebook, root=folder, demo_url=scene.name)
+    # All labels are computed ahead, so every zoom may be asked for.
+    settings = load_settings(codebook=codebook, root=folder, demo_url=scene.name, tile_budget_s=DEMO_BUDGET_S)
     app = create_app(settings)
     service: Service = app.state.service
     threading.Thread(target=_label_ahead, args=(service, scene.name), daemon=True).start()
