@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from geocentroids_tiler.errors import InputError
 
@@ -66,7 +67,7 @@ class Settings(BaseSettings):
         default=["*"], description="web origins whose pages may use this server, as a JSON list"
     )
     cache_control: str = Field(
-        default="public, max-age=3600", description="Cache-Control header of tiles and other answers"
+        default="public, max-age=3600", pattern=r"^[\x20-\x7e]+$", description="Cache-Control header of tiles"
     )
 
 
@@ -78,6 +79,9 @@ def load_settings(**values: Any) -> Settings:
     """
     try:
         return Settings(**{key: value for key, value in values.items() if value is not None})
+    except SettingsError as error:  # a variable whose type is read as JSON
+        names = re.findall(r'field "(\w+)"', str(error))
+        raise InputError(f"GEOCENTROIDS_{''.join(names).upper()} is not JSON: {error.__cause__}") from error
     except ValidationError as error:
         problem = error.errors()[0]
         name = "_".join(str(part) for part in problem["loc"]).upper()

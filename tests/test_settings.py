@@ -1,0 +1,144 @@
+"""Every setting is in the docs with its default, and bounds hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from geocentroids_tiler.errors import InputError
+from geocentroids_tiler.settings import Settings, default_codebooks_dir, load_settings
+
+DOCS = Path(__file__).parents[1] / "docs" / "settings.md"
+ROWS = {
+    match[1]: (match[2], match[3])
+    for match in re.finditer(r"^\| `GEOCENTROIDS_(\w+)` \| (.+?) \| (.+) \|$", DOCS.read_text(encoding="utf-8"), re.M)
+}
+FIELDS = Settings.model_fields
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in FIELDS:
+        monkeypatch.delenv(f"GEOCENTROIDS_{name.upper()}", raising=False)
+
+
+def shown(value: Any) -> str:
+    """Return a default as the docs write it."""
+    if value is None:
+        return "none"
+    if value == default_codebooks_dir():
+        return "`~/.local/share/geocentroids/codebooks`"
+    text = json.dumps(value) if isinstance(value, list) else str(value)
+    return f"`{text.removesuffix('.0')}`"
+
+
+def test_the_docs_list_every_setting_and_no_other() -> None:
+    assert list(ROWS) == [name.upper() for name in FIELDS], "in the order of the class"
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_docs_have_the_default_and_a_meaning(name: str) -> None:
+    default, meaning = ROWS[name.upper()]
+    assert default == shown(getattr(Settings(), name))
+    assert meaning.endswith(".")
+    assert FIELDS[name].description, "the class says what it means, too"
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_docs_have_the_largest_value(name: str) -> None:
+    for bound in FIELDS[name].metadata:
+        if hasattr(bound, "le"):
+            assert re.search(rf"\b{bound.le}\b", ROWS[name.upper()][1])
+
+
+GOOD = {
+    "codebook": ["southamerica-6k"],
+    "codebooks_dir": ["/somewhere"],
+    "root": ["/images"],
+    "demo_url": ["https://example.org/a.tif"],
+    "backend": ["auto", "onnx", "torch"],
+    "provider": ["cpu"],
+    "device": ["cuda:1"],
+    "precision": ["auto", "fp32", "bf16"],
+    "threads": ["1", "256"],
+    "batch_windows": ["1", "4096"],
+    "read_threads": ["1", "64"],
+    "label_cache_bytes": ["0", "1000000000000"],
+    "token_cache_bytes": ["0"],
+    "tile_cache_bytes": ["0"],
+    "source_ttl_s": ["0", "0.5", "86400"],
+    "source_timeout_s": ["0.1", "600"],
+    "tile_budget_s": ["0.001", "600"],
+    "max_chunks": ["1", "10000000"],
+    "cors_origins": ['["https://example.org"]', "[]"],
+    "cache_control": ["no-cache"],
+}
+BAD = {
+    "codebook": [""],
+    "demo_url": ["x" * 4097],
+    "backend": ["tensorflow", "ONNX"],
+    "precision": ["int8"],
+    "threads": ["0", "257", "two", "1.5"],
+    "batch_windows": ["0", "4097"],
+    "read_threads": ["0", "65", "-1"],
+    "label_cache_bytes": ["-1", "128MB"],
+    "token_cache_bytes": ["-1"],
+    "tile_cache_bytes": ["-1"],
+    "source_ttl_s": ["-0.1", "86401", "nan"],
+    "source_timeout_s": ["0", "601", "nan", "inf"],
+    "tile_budget_s": ["0", "601", "-1", "nan"],
+    "max_chunks": ["0", "10000001"],
+    "cache_control": ["public\r\nSet-Cookie: a=b", "öffentlich"],
+}
+
+
+def test_every_setting_is_tried() -> None:
+    assert set(GOOD) == set(FIELDS)
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in GOOD.items() for text in texts])
+def test_allowed(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    monkeypatch.setenv(f"GEOCENTROIDS_{name.upper()}", text)
+    value = getattr(Settings(), name)
+    expected = json.loads(text) if name == "cors_origins" else type(value)(text)
+    assert value == expected
+    assert getattr(load_settings(), name) == value
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BAD.items() for text in texts])
+def test_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    monkeypatch.setenv(f"GEOCENTROIDS_{name.upper()}", text)
+    with pytest.raises(ValidationError):
+        Settings()
+    with pytest.raises(InputError, match=f"GEOCENTROIDS_{name.upper()} = ") as refused:
+        load_settings()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_list_that_is_no_json_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEOCENTROIDS_CORS_ORIGINS", "https://example.org")
+    with pytest.raises(InputError, match="GEOCENTROIDS_CORS_ORIGINS") as refused:
+        load_settings()
+    assert "\n" not in str(refused.value)
+
+
+def test_options_win_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEOCENTROIDS_CODEBOOK", "from-environment")
+    monkeypatch.setenv("GEOCENTROIDS_MAX_CHUNKS", "7")
+    settings = load_settings(codebook="from-option", root=None)
+    assert (settings.codebook, settings.max_chunks, settings.root) == ("from-option", 7, None)
+
+
+def test_other_variables_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEOCENTROIDS_SOMETHING_ELSE", "x")
+    Settings()
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError):
+        Settings().codebook = "other"  # type: ignore[misc]
