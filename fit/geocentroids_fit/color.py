@@ -18,7 +18,6 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.spatial.transform import Rotation
 from scipy.stats import rankdata
 
-from geocentroids_tiler.codebook import Metric
 from geocentroids_tiler.colors import oklab_to_linear, oklab_to_srgb, srgb_to_oklab
 from geocentroids_tiler.errors import InputError
 
@@ -31,10 +30,12 @@ KNEE = 0.75
 NEIGHBOURS = 15
 ROTATIONS = 96
 """Orientations of the cloud that are tried, each also mirrored."""
-RADII = (0.16, 0.20, 0.24, 0.28, 0.33)
+RADII = (0.14, 0.17, 0.20, 0.24, 0.28)
 """Radius (90th percentile) of the cloud in OKLab that are tried."""
-SPREAD_WEIGHT = 1.5
-"""What 1 of mean colour difference (OKLab) is worth, in units of correlation."""
+NEIGHBOURS_WEIGHT = 2.0
+"""What keeping all neighbours is worth, in units of correlation."""
+SPREAD_WEIGHT = 1.0
+"""What 1 of mean colour difference (OKLab) is worth, likewise."""
 NATURAL_WEIGHT = 0.25
 """What perfect agreement with natural colours is worth, likewise."""
 SEARCH_SAMPLE = 400
@@ -76,17 +77,15 @@ class Coloring:
 
 
 def color_centroids(
-    centroids: NDArray[np.floating[Any]],
+    vectors: NDArray[np.floating[Any]],
     *,
-    metric: Metric = "l2",
     natural: NDArray[np.floating[Any]] | None = None,
     seed: int = 0,
 ) -> Coloring:
     """Choose a colour for each centroid: like colours for like centroids.
 
     Args:
-        centroids: of shape (K, D).
-        metric: by which they are alike.
+        vectors: what centroids are compared by, of shape (K, D).
         natural: mean sRGB colour of what each stands for, of shape (K, 3), 0 to 255. Of all orientations of the cloud
             that show likeness about equally well, one that leans to these colours is taken. None: any.
         seed: of t-SNE and of the search.
@@ -94,9 +93,7 @@ def color_centroids(
     Returns:
         Colours and their measures; the same for the same input.
     """
-    points = np.asarray(centroids, np.float64)
-    if metric != "l2":
-        points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    points = np.asarray(vectors, np.float64)
     if len(np.unique(points, axis=0)) < LEAST_CENTROIDS:
         colors = _hue_circle(len(points))
         none = ColorScore(0.0, 0.0, 0.0)
@@ -217,7 +214,7 @@ def _value(
     """Return how good candidate colours (n, 3) are; ``rank`` and ``near`` are those of the features."""
     difference = pdist(lab)
     value = float(np.mean(rank * _standard(rankdata(difference))))
-    value += float((_nearest_of(squareform(difference)) & near).sum() / near.sum())
+    value += NEIGHBOURS_WEIGHT * float((_nearest_of(squareform(difference)) & near).sum() / near.sum())
     value += SPREAD_WEIGHT * float(difference.mean())
     if natural is not None:
         a, b = _relative(natural), _relative(lab)

@@ -109,14 +109,6 @@ def typical_similarities(features: Features, clustering: Clustering, metric: Met
     return (low, high) if low < high else (low - 1e-3, low)
 
 
-def natural_colors(features: Features, clustering: Clustering) -> NDArray[np.float64]:
-    """Return the mean colour of each centroid's patches, of shape (K, 3), 0 to 255."""
-    k = len(clustering.counts)
-    total = np.stack([np.bincount(clustering.labels, features.rgb[:, i], minlength=k) for i in range(3)], axis=1)
-    mean: NDArray[np.float64] = total / np.maximum(clustering.counts, 1)[:, None]
-    return mean
-
-
 def write_codebook(
     out: Path,
     manifest: Manifest,

@@ -10,12 +10,12 @@ from pathlib import Path
 from geocentroids_fit.cluster import kmeans
 from geocentroids_fit.color import Coloring, color_centroids
 from geocentroids_fit.extract import Features, extract, list_images, open_images
+from geocentroids_fit.likeness import likeness_vectors, natural_colors
 from geocentroids_fit.pack import (
     Identity,
     default_card,
     draft_codebook,
     make_manifest,
-    natural_colors,
     training_record,
     typical_similarities,
     write_codebook,
@@ -98,13 +98,9 @@ def run(plan: Plan, say: Callable[[str], None], *, progress: bool = True) -> Res
         say(f"clusters: {plan.k} of {len(features)} patches")
         clustering = kmeans(features.tokens, plan.k, metric=plan.metric, seed=plan.seed, progress=progress)
         say("colours: t-SNE")
-        coloring = color_centroids(
-            clustering.centroids,
-            metric=plan.metric,
-            natural=natural_colors(features, clustering),
-            seed=plan.seed,
-        )
-        tree = ward_tree(clustering.centroids, clustering.counts.clip(min=1))
+        vectors = likeness_vectors(features, clustering, plan.metric)
+        coloring = color_centroids(vectors, natural=natural_colors(features, clustering), seed=plan.seed)
+        tree = ward_tree(vectors, clustering.counts.clip(min=1))
         manifest = make_manifest(
             plan.identity,
             section,
