@@ -114,6 +114,21 @@ def test_adjacent_boxes_share_out_the_patches(u: float, v: float, axis: str) -> 
     assert np.array_equal(held, np.ones(FOOTPRINT.shape, int))
 
 
+def test_a_centre_on_the_common_edge_of_two_boxes_is_in_one() -> None:
+    """In the grid's own CRS, where centres are exact numbers: left and bottom edges belong to a box."""
+    left, bottom, right, top = GRID.bounds_of(FOOTPRINT)
+    for k in (5.5, 40.5, 100.5, 128.5):
+        x, y = left + k * 3.5, bottom + k * 3.5
+        for pair in (
+            [(left, bottom, x, top), (x, bottom, right, top)],
+            [(left, bottom, right, y), (left, y, right, top)],
+        ):
+            held = [on_footprint(area_of_bbox(box, GRID.crs, GRID, FOOTPRINT)) for box in pair]
+            assert np.array_equal(held[0], ~held[1])
+        west = on_footprint(area_of_bbox((left, bottom, x, top), GRID.crs, GRID, FOOTPRINT))
+        assert west[0].sum() == int(k)
+
+
 def test_overlapping_requests_agree_on_every_patch() -> None:
     """A patch has one place, whatever else is asked: the same centres are in, to the last one."""
     x, y = float(LON[77, 101]), float(LAT[77, 101])

@@ -214,11 +214,13 @@ class TestBands:
         within("rescale", np.abs(read_one(dataset, index).pixels - expected).max())
 
     def test_not_a_number_is_no_data(self, tmp_path: Path) -> None:
+        """Inside the image, where no collar could hide it; one band is enough."""
         values = IMAGE.astype(np.float32)
-        values[:, :, : SIZE // 2] = np.nan
+        values[1, 14 * 12 : 14 * 20, 14 * 10 : 14 * 15] = np.nan
         dataset = open_tif(write_tif(tmp_path / "nan.tif", values, photometric="RGB"), rescale=(0.0, 255.0))
-        share = label_share(dataset)
-        assert 0.4 < share < 0.6
+        labelled = all_labelled(dataset)
+        assert not labelled[12:20, 10:15].any()
+        assert labelled.sum() == labelled.size - 8 * 5
 
 
 def read_all(path: Path) -> list[WindowPixels]:
@@ -449,6 +451,17 @@ def visible_share(dataset: Dataset) -> NDArray[np.float64]:
     part[:] = visible[: part.shape[0], : part.shape[1]]
     return patch_share(whole)
 
+    @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+    def test_alpha_of_any_type_states_validity(self, dtype: str, tmp_path: Path) -> None:
+        """GDAL itself takes alpha bands of signed or floating-point numbers for no mask."""
+        opaque = 1 if dtype == "float32" else np.iinfo(dtype).max
+        bands = np.concatenate([np.where(wedge(), IMAGE, 0), np.full((1, SIZE, SIZE), opaque)]).astype(dtype)
+        dataset = open_tif(
+            write_tif(tmp_path / "alpha.tif", bands, colors=RGBA, photometric="RGB"), rescale=(0.0, 255.0)
+        )
+        assert dataset.collars == ()
+        assert all_labelled(dataset).all()
+
 
 @needs_shared
 class TestRealImages:
@@ -603,8 +616,14 @@ class TestWindows:
 
     def test_neighbours_agree_where_they_overlap(self, tmp_path: Path) -> None:
         """A pixel of the ground is the same in all windows that hold it, warped or not."""
-        for name, options in (("m", {"crs": "EPSG:3857", "transform": MERCATOR}), ("d", {})):
-            dataset = open_tif(write_tif(tmp_path / f"{name}.tif", IMAGE, photometric="RGB", **options))
+        noise = np.random.default_rng(5).integers(0, 256, (3, 2240, 2240), np.uint8)
+        for name, bands, options in (
+            ("m", IMAGE, {"crs": "EPSG:3857", "transform": MERCATOR}),
+            ("d", IMAGE, {}),
+            ("fine", noise, {"gsd_m": 0.0625}),  # each pixel is an average of many, also at a window's border
+        ):
+            path = write_tif(tmp_path / f"{name}.tif", bands, photometric="RGB", **options)
+            dataset = open_tif(path, codebook_for(resampling="cubic"))
             index = inner_windows(dataset)[0]
             shift = 10 * PATCH_PX
             west, east = read_one(dataset, index), read_one(dataset, ChunkIndex(index.row, index.col + 1))
@@ -625,6 +644,7 @@ class TestWindows:
         assert 20 < edge < 200
         difference = np.abs(one.pixels[:, : edge - 1].astype(int) - other.pixels[:, : edge - 1].astype(int))
         assert difference.max() == 0
+        assert one.pixels.max() <= IMAGE.max()  # nothing of the 255 under the mask, not even beyond the edge
 
 
 class TestOverviews:

@@ -318,7 +318,9 @@ def _check_dtype(raster: Any, indexes: tuple[int, int, int], options: ReadOption
 
 def _states_validity(raster: Any) -> bool:
     """True if the file says which pixels are data: by alpha, mask or nodata."""
-    return any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
+    # GDAL sees a mask in alpha bands of unsigned numbers only.
+    has_alpha = ColorInterp.alpha in raster.colorinterp
+    return has_alpha or any(MaskFlags.all_valid not in flags for flags in raster.mask_flag_enums)
 
 
 def _collars_of(raster: Any, indexes: tuple[int, int, int], options: ReadOptions) -> tuple[Collar, ...]:
