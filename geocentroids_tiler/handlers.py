@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, Literal, TypeVar
@@ -54,10 +55,9 @@ class NoStoreRoute(APIRoute):
                     logger.error("%s answered with %d", request.url.path, status, exc_info=error)
                 return _error(str(error), status)
             except HTTPException as error:
-                return _error(error.detail, error.status_code)
+                return _error(error.detail, error.status_code, error.headers)
             except RequestValidationError as error:
-                problems = [f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in error.errors()]
-                return _error("; ".join(problems), 422)
+                return _error("; ".join(map(_problem, error.errors())), 422)
             return response
 
         return handle
@@ -97,20 +97,41 @@ async def open_all(service: Service, url: str, read: ReadParams) -> tuple[Codebo
     return codebook, dataset, await find_engine(service, codebook)
 
 
-def parse_json(body: bytes) -> Any:
-    """Read JSON, without the NaN and Infinity that Python takes for numbers and JSON does not have.
+def read_geojson(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read a GeoJSON Feature or FeatureCollection.
+
+    Returns:
+        What was sent, as it came, and its features.
 
     Raises:
         InputError: if it is anything else.
     """
+    needed = "a GeoJSON Feature or FeatureCollection with polygons is needed"
+    document = _parse_json(body)
+    if not isinstance(document, dict) or document.get("type") not in ("Feature", "FeatureCollection"):
+        found = document.get("type") if isinstance(document, dict) else document
+        raise InputError(f"the body is {_short(found)}; {needed}")
+    features = document.get("features") if document["type"] == "FeatureCollection" else [document]
+    if not isinstance(features, list):
+        raise InputError(f"features is {_short(features)}; {needed}")
+    for feature in features:
+        if not isinstance(feature, dict) or feature.get("type") != "Feature":
+            raise InputError(f"one of the features is {_short(feature)}; {needed}")
+        if not isinstance(feature.get("properties"), dict | None):
+            raise InputError(f"properties is {_short(feature['properties'])}; an object or null is needed")
+    return document, features
 
-    def refuse(constant: str) -> None:
-        raise InputError(f"{constant} is not a JSON number")
 
-    try:
-        return json.loads(body, parse_constant=refuse)
-    except ValueError as error:
-        raise InputError(f"the body is not JSON: {error}") from error
+def read_feature(body: bytes) -> dict[str, Any]:
+    """Read a GeoJSON Feature.
+
+    Raises:
+        InputError: if it is anything else.
+    """
+    document, _ = read_geojson(body)
+    if document["type"] != "Feature":
+        raise InputError("the body is a FeatureCollection; send one Feature")
+    return document
 
 
 def empty_tile(size_px: int, image_format: ImageFormat, reason: str) -> Response:
@@ -126,8 +147,8 @@ def area_of_feature(feature: Mapping[str, Any], dataset: Dataset) -> Area:
         InputError: if it has no geometry, or one that is not a polygon.
     """
     geometry = feature.get("geometry")
-    if not geometry:
-        raise InputError("the feature has no geometry; a Polygon or MultiPolygon is needed")
+    if not isinstance(geometry, dict):
+        raise InputError(f"the geometry is {_short(geometry)}; a Polygon or MultiPolygon is needed")
     return area_of_geometry(geometry, dataset.grid, dataset.footprint)
 
 
@@ -186,5 +207,32 @@ def _check_cost(service: Service, engine: LabelEngine, areas: Sequence[Area]) ->
         )
 
 
-def _error(detail: Any, status: int) -> JSONResponse:
-    return JSONResponse({"detail": detail}, status, headers={"Cache-Control": "no-store"})
+def _parse_json(body: bytes) -> Any:
+    """Read JSON, without the NaN and Infinity that Python takes for numbers and JSON does not have."""
+
+    def finite(text: str) -> float:
+        if math.isfinite(number := float(text)):
+            return number
+        raise InputError(f"{text} is not a finite number")
+
+    try:
+        return json.loads(body, parse_constant=finite, parse_float=finite)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the body is not JSON: {error}") from error
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    """Say in one sentence what is wrong with a parameter."""
+    name = item["loc"][1] if len(item["loc"]) > 1 else item["loc"][0]
+    if item["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name}={_short(item['input'])}: {item['msg']}"
+
+
+def _short(value: object) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _error(detail: Any, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status, headers={**(headers or {}), "Cache-Control": "no-store"})

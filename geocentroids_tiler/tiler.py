@@ -1,6 +1,7 @@
 """The TiTiler extension: routes under the factory's prefix, wired to the service. Wiring only."""
 
 # No "from __future__ import annotations" here: FastAPI has to see the factory's types in the routes' annotations.
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -8,9 +9,8 @@ from urllib.parse import urlencode
 
 import attrs
 import numpy as np
-from fastapi import APIRouter, Body, Depends, HTTPException, Path, Query
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from geojson_pydantic import Feature, FeatureCollection
+from fastapi import APIRouter, Depends, HTTPException, Path, Query
+from fastapi.responses import HTMLResponse, Response
 from morecantile import Tile, TileMatrixSet
 from starlette.requests import Request
 from titiler.core.dependencies import DatasetPathParams
@@ -35,7 +35,8 @@ from geocentroids_tiler.handlers import (
     find_dataset,
     find_engine,
     open_all,
-    parse_json,
+    read_feature,
+    read_geojson,
     run,
     statistics_of,
 )
@@ -74,6 +75,18 @@ _RASTER_ANSWER: dict[str, Any] = {
         200: {"content": {"image/tiff; application=geotiff": {}, "image/png": {}}, "description": "The labels."}
     },
 }
+
+
+def _body(*kinds: str) -> dict[str, Any]:
+    """Describe a body that the route reads itself, so that members unknown to us stay and errors are plain."""
+    schema = {
+        "type": "object",
+        "required": ["type"],
+        "properties": {"type": {"enum": list(kinds)}},
+        "description": "GeoJSON with polygons in longitude and latitude.",
+    }
+    content = {media_type: {"schema": schema} for media_type in ("application/geo+json", "application/json")}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 @attrs.define
@@ -306,6 +319,7 @@ class ClassTilerFactory(TilerFactory):
             codebook: Annotated[str | None, Query(max_length=64, description="Codebook to use.")] = None,
         ) -> HTMLResponse:
             """Return the viewer."""
+            self._tms(tileMatrixSetId)
             return self.viewer_page(request, tileMatrixSetId, url, codebook)
 
         @self.router.get("/viewer/{name}", include_in_schema=False)
@@ -404,42 +418,43 @@ class ClassTilerFactory(TilerFactory):
             )
             return await run(service.exporting, export, service, engine, dataset, area, look, format)
 
-        @self.router.post("/feature.{format}", **self._route("postFeature", _RASTER_ANSWER))
+        @self.router.post(
+            "/feature.{format}", openapi_extra=_body("Feature"), **self._route("postFeature", _RASTER_ANSWER)
+        )
         async def feature_image(
-            feature: Annotated[Feature[Any, Any], Body(description="A GeoJSON feature with a polygon.")],
+            request: Request,
             format: RasterFormat,
             url: str = Depends(self.path_dependency),
             read: ReadParams = Depends(read_params),
             look: StyleParams = Depends(style_params),
         ) -> Response:
             """Return the labels of a polygon, one pixel per patch."""
+            feature = read_feature(await request.body())
             _, dataset, engine = await open_all(service, url, read)
-            area = await run(service.working, area_of_feature, feature.model_dump(), dataset)
+            area = await run(service.working, area_of_feature, feature, dataset)
             return await run(service.exporting, export, service, engine, dataset, area, look, format)
 
     def statistics(self) -> None:
         """Register /statistics."""
         service = self.service
 
-        @self.router.post("/statistics", **self._route("postStatistics"))
+        @self.router.post(
+            "/statistics", openapi_extra=_body("Feature", "FeatureCollection"), **self._route("postStatistics")
+        )
         async def statistics(
             request: Request,
-            geojson: Annotated[
-                FeatureCollection[Feature[Any, Any]] | Feature[Any, Any],
-                Body(description="A GeoJSON feature or feature collection with polygons."),
-            ],
             url: str = Depends(self.path_dependency),
             read: ReadParams = Depends(read_params),
             classes: int | None = Depends(classes_param),
-        ) -> JSONResponse:
+        ) -> Response:
             """Return the same features, each with the area of every class inside it."""
+            given, features = read_geojson(await request.body())
             codebook, dataset, engine = await open_all(service, url, read)
             merged = await find_classes(service, codebook, classes)
-            given = parse_json(await request.body())  # as it came: members that the models do not know stay
-            features = given["features"] if isinstance(geojson, FeatureCollection) else [given]
             answered = await run(service.exporting, statistics_of, service, engine, dataset, features, merged)
-            whole = {**given, "features": answered} if isinstance(geojson, FeatureCollection) else answered[0]
-            return JSONResponse(whole, media_type="application/geo+json")
+            whole = {**given, "features": answered} if given["type"] == "FeatureCollection" else answered[0]
+            # Written in ASCII: a text may hold half a surrogate pair, which UTF-8 does not have.
+            return Response(json.dumps(whole, allow_nan=False), media_type="application/geo+json")
 
     def legend(self) -> None:
         """Register /legend."""

@@ -265,10 +265,14 @@ def labels_of_colors(rgba: NDArray[np.uint8], colors: NDArray[np.uint8]) -> NDAr
         AssertionError: if a colour is none of the codebook's, or half transparent.
     """
     assert np.isin(rgba[..., 3], (0, 255)).all()
-    table = {tuple(color): i for i, color in enumerate(colors.tolist())}
-    assert len(table) == len(colors), "colours are not distinct"
-    flat = [table[tuple(pixel[:3])] if pixel[3] else NODATA_LABEL for pixel in rgba.reshape(-1, 4).tolist()]
-    return np.array(flat, np.uint16).reshape(rgba.shape[:2])
+    assert len(np.unique(colors, axis=0)) == len(colors), "colours are not distinct"
+    code = np.array([1 << 16, 1 << 8, 1])
+    known, found = colors @ code, rgba[..., :3] @ code
+    order = np.argsort(known)
+    label = order[np.searchsorted(known, found, sorter=order).clip(0, len(known) - 1)]
+    opaque = rgba[..., 3] == 255
+    assert (known[label] == found)[opaque].all()
+    return np.where(opaque, label, NODATA_LABEL).astype(np.uint16)
 
 
 def part_of(labels: NDArray[Any], whole: PatchRange, part: PatchRange) -> NDArray[Any]:
