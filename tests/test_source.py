@@ -356,8 +356,7 @@ class TestValidity:
 
 class TestCollars:
     @pytest.mark.parametrize("value", [0, 255])
-    @pytest.mark.parametrize("compress", ["deflate", "jpeg"])
-    @pytest.mark.parametrize("transform", [None, MERCATOR])
+    @pytest.mark.parametrize(("compress", "transform"), [("deflate", None), ("jpeg", None), ("jpeg", MERCATOR)])
     def test_flat_collar_is_not_data(self, value: int, compress: str, transform: Affine | None, tmp_path: Path) -> None:
         valid = wedge(1120)
         bands = np.where(valid, texture(1120, 1120), value).astype(np.uint8)
@@ -437,6 +436,17 @@ class TestCollars:
             path = write_tif(tmp_path / "stated.tif", bands, mask=np.ones((SIZE, SIZE), bool), photometric="RGB")
         assert all_labelled(open_tif(path)).all()
 
+    @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+    def test_alpha_of_any_type_states_validity(self, dtype: str, tmp_path: Path) -> None:
+        """GDAL itself takes alpha bands of signed or floating-point numbers for no mask."""
+        opaque = 1 if dtype == "float32" else np.iinfo(dtype).max
+        bands = np.concatenate([np.where(wedge(), IMAGE, 0), np.full((1, SIZE, SIZE), opaque)]).astype(dtype)
+        dataset = open_tif(
+            write_tif(tmp_path / "alpha.tif", bands, colors=RGBA, photometric="RGB"), rescale=(0.0, 255.0)
+        )
+        assert dataset.collars == ()
+        assert all_labelled(dataset).all()
+
 
 def visible_share(dataset: Dataset) -> NDArray[np.float64]:
     """Return for each patch of the footprint the share of its pixels (0.25 m) that are not nearly black."""
@@ -450,17 +460,6 @@ def visible_share(dataset: Dataset) -> NDArray[np.float64]:
     part = whole[first_row : first_row + visible.shape[0], first_col : first_col + visible.shape[1]]
     part[:] = visible[: part.shape[0], : part.shape[1]]
     return patch_share(whole)
-
-    @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
-    def test_alpha_of_any_type_states_validity(self, dtype: str, tmp_path: Path) -> None:
-        """GDAL itself takes alpha bands of signed or floating-point numbers for no mask."""
-        opaque = 1 if dtype == "float32" else np.iinfo(dtype).max
-        bands = np.concatenate([np.where(wedge(), IMAGE, 0), np.full((1, SIZE, SIZE), opaque)]).astype(dtype)
-        dataset = open_tif(
-            write_tif(tmp_path / "alpha.tif", bands, colors=RGBA, photometric="RGB"), rescale=(0.0, 255.0)
-        )
-        assert dataset.collars == ()
-        assert all_labelled(dataset).all()
 
 
 @needs_shared
@@ -545,7 +544,7 @@ class TestWindows:
         path = write_tif(tmp_path / "gsd.tif", bands, transform=transform, photometric="RGB")
         dataset = open_tif(path, codebook_for(resampling=resampling))
         assert not dataset.warped
-        for index in inner_windows(dataset):
+        for index in inner_windows(dataset)[:2]:
             nearly_equal(
                 "resampled",
                 read_one(dataset, index).pixels,
@@ -577,7 +576,7 @@ class TestWindows:
         compared = 0
         for index in inner_windows(dataset):
             window = read_one(dataset, index)
-            if window.labelled.all():
+            if window.labelled.all() and compared < 2:
                 expected = reprojected(IMAGE, dataset, index, Resampling[resampling])
                 nearly_equal("warped", window.pixels, expected, 6)
                 compared += 1
@@ -608,11 +607,13 @@ class TestWindows:
         assert len(indices) > 4
         together = read_windows(dataset, indices, PATCH_PX)
         backwards = read_windows(dataset, indices[::-1], PATCH_PX)[::-1]
-        for index, one, other in zip(indices, together, backwards, strict=True):
-            alone = read_one(dataset, index)
-            for window in (one, other):
-                assert np.array_equal(alone.pixels, window.pixels)
-                assert np.array_equal(alone.labelled, window.labelled)
+        for one, other in zip(together, backwards, strict=True):
+            assert np.array_equal(one.pixels, other.pixels)
+            assert np.array_equal(one.labelled, other.labelled)
+        for k in range(1, len(indices), 5):
+            alone = read_one(dataset, indices[k])
+            assert np.array_equal(alone.pixels, together[k].pixels)
+            assert np.array_equal(alone.labelled, together[k].labelled)
 
     def test_neighbours_agree_where_they_overlap(self, tmp_path: Path) -> None:
         """A pixel of the ground is the same in all windows that hold it, warped or not."""
@@ -651,7 +652,7 @@ class TestOverviews:
     @staticmethod
     def poisoned(path: Path, gsd_m: float, factors: tuple[int, ...]) -> tuple[Path, NDArray[np.uint8]]:
         """Write an image whose overviews show something else: darker by half."""
-        size = round(170 / gsd_m)
+        size = round((112 if gsd_m < 0.1 else 170) / gsd_m) // 4 * 4
         bands = texture(size, size, low=100)
         transform = Affine(gsd_m, 0, LEFT, 0, -gsd_m, TOP)
         write_tif(path, bands // 2, transform=transform, overviews=factors, photometric="RGB")
@@ -672,7 +673,7 @@ class TestOverviews:
         dataset = open_tif(path)
         assert dataset.overview == 1
         index = middle_window(dataset)
-        expected = (bands // 2).reshape(3, 680, 4, 680, 4).mean(axis=(2, 4))
+        expected = (bands // 2).reshape(3, 448, 4, 448, 4).mean(axis=(2, 4))
         assert np.abs(read_one(dataset, index).pixels - cut(expected, dataset, index)).max() <= 1
 
     @pytest.mark.parametrize("crs", [UTM, "EPSG:3857"])
