@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from morecantile import Tile, TileMatrixSet
+from pyproj import CRS
 
 from geocentroids_tiler.grid import Bounds, bounds_holding, project
 from geocentroids_tiler.source import Dataset
@@ -36,7 +37,7 @@ def tile_ranges(tms: TileMatrixSet, dataset: Dataset, zooms: tuple[int, int]) ->
         dataset: the image.
         zooms: first and last zoom level.
     """
-    bounds = _bounds_in(tms, dataset)
+    bounds = _bounds_in(tms, dataset) if _is_meant_for(tms, dataset.geographic_bounds) else None
     if bounds is None:
         return ()
     found = [_tiles_touching(tms, z, bounds) for z in range(zooms[0], zooms[1] + 1)]
@@ -104,6 +105,17 @@ def _is_plain(tms: TileMatrixSet) -> bool:
     return all(
         matrix.cornerOfOrigin == "topLeft" and matrix.variableMatrixWidths is None for matrix in tms.tileMatrices
     )
+
+
+def _is_meant_for(tms: TileMatrixSet, bounds: Bounds) -> bool:
+    """Tell whether a place is where the tiles' CRS is meant to be used: UTM 31 reaches around the Earth, distorted."""
+    code = tms.crs.to_epsg()
+    area = CRS.from_epsg(code).area_of_use if code else None
+    if area is None:
+        return True
+    west, south, east, north = bounds
+    pieces = [(area.west, area.east)] if area.west <= area.east else [(area.west, 180.0), (-180.0, area.east)]
+    return south <= area.north and north >= area.south and any(west <= e and east >= w for w, e in pieces)
 
 
 def _bounds_in(tms: TileMatrixSet, dataset: Dataset) -> Bounds | None:
