@@ -302,7 +302,7 @@ def write_images(folder: Path) -> Path:
     holed[:, 120:290, 150:330] = 0
     write_tif(folder / "hole.tif", holed, transform=at, nodata=0, photometric="RGB")
     for name, crs in (("mercator.tif", "EPSG:3857"), ("degrees.tif", "EPSG:4326")):
-        left, bottom, right, top = transform_bounds(UTM, crs, LEFT, TOP - 100, LEFT + 105, TOP)
-        there = Affine((right - left) / 420, 0, left, 0, (bottom - top) / 400, top)
-        write_tif(folder / name, pixels, crs=crs, transform=there, photometric="RGB")
+        left, bottom, right, top = transform_bounds(UTM, crs, LEFT, TOP - 55, LEFT + 60, TOP)
+        there = Affine((right - left) / 240, 0, left, 0, (bottom - top) / 220, top)
+        write_tif(folder / name, pixels[:, 100:320, 100:340], crs=crs, transform=there, photometric="RGB")
     return folder

@@ -180,6 +180,11 @@ def rgba(answer: httpx.Response) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGBA"))
 
 
+def colors_of(answer: httpx.Response) -> dict[int, tuple[int, ...]]:
+    with rasterio.io.MemoryFile(answer.content) as memory, memory.open() as raster:
+        return dict(raster.colormap(1))
+
+
 def read_tif(answer: httpx.Response) -> tuple[NDArray[np.uint16], PatchRange, dict[str, Any]]:
     """Return ids, which patches they are of, and the file's profile."""
     with rasterio.io.MemoryFile(answer.content) as memory, memory.open() as raster:
@@ -190,7 +195,7 @@ def read_tif(answer: httpx.Response) -> tuple[NDArray[np.uint16], PatchRange, di
         assert col == round(col)
         assert (t.a, t.b, t.d, t.e) == (PATCH_M, 0, 0, -PATCH_M)
         area = PatchRange(round(row), round(row) + raster.height, round(col), round(col) + raster.width)
-        profile = {**raster.profile, "colormap": raster.colormap(1), "tags": raster.tags()}
+        profile = {**raster.profile, "tags": raster.tags()}
     return ids, area, profile
 
 
@@ -319,18 +324,18 @@ def jobs(seen: Seen, app: App, image: str, rng: random.Random) -> list[Callable[
     todo: list[Callable[[], None]] = []
     kinds = [
         ("WebMercatorQuad", 17, 256),
-        ("WebMercatorQuad", 18, 512),
+        ("WebMercatorQuad", 18, 300),
         ("WebMercatorQuad", 19, 100),
         ("WebMercatorQuad", 20, 256),
-        ("WebMercatorQuad", 16, 1024),
+        ("WebMercatorQuad", 16, 512),
         ("WorldCRS84Quad", 17, 256),
         ("WorldMercatorWGS84Quad", 18, 200),
     ]
     for tms, z, size in kinds:
-        for tile in rng.sample(found := tiles_over(area, z, tms), min(3, len(found))):
+        for tile in rng.sample(found := tiles_over(area, z, tms), min(2, len(found))):
             todo.append(partial(seen.tile, app, image, tms, z, tile.x, tile.y, size))
     for ask in (seen.bbox, seen.feature, seen.picture, seen.statistics):
-        todo += [partial(ask, app, image, some()) for _ in range(4)]
+        todo += [partial(ask, app, image, some()) for _ in range(3)]
     for _ in range(8):
         row, col = rng.randrange(area.row_start, area.row_stop), rng.randrange(area.col_start, area.col_stop)
         todo.append(partial(seen.point, app, image, row, col))
@@ -347,7 +352,7 @@ class TestOneLabelForAPatch:
         todo = jobs(seen, app, image, random.Random(image))
         for job in todo:
             job()
-        assert seen.count > 100_000
+        assert seen.count > 50_000
         assert len(seen.labels) > 10
         assert NODATA_LABEL in seen.labels
         app.forget()
@@ -360,14 +365,13 @@ class TestOneLabelForAPatch:
         seen = Seen(truth("hole.tif"))
         for job in jobs(seen, app, "hole.tif", random.Random(5)):
             job()
-        assert seen.count > 100_000
+        assert seen.count > 50_000
 
     def test_the_truth_is_true(self, truth: Callable[..., Truth], codebooks: Path, app: App) -> None:
         """What all of this compares with is what brute force gives for the whole image."""
-        for image in ("hole.tif", "mercator.tif"):
-            expected, lead = brute_force(truth(image).dataset, app.service.codebook("blend"))
-            clear = lead > TIE
-            np.testing.assert_array_equal(truth(image).block.labels[clear], expected[clear])
+        expected, lead = brute_force(truth("hole.tif").dataset, app.service.codebook("blend"))
+        clear = lead > TIE
+        np.testing.assert_array_equal(truth("hole.tif").block.labels[clear], expected[clear])
 
     def test_classify(self, app: App, truth: Callable[..., Truth], tmp_path: Path) -> None:
         for image in ("whole.tif", "degrees.tif"):
@@ -403,10 +407,10 @@ def classified(
 
 
 class TestMosaic:
-    @pytest.mark.parametrize("image", ["whole.tif", "degrees.tif"])
-    def test_no_seam(self, app: App, truth: Callable[..., Truth], image: str) -> None:
+    @pytest.mark.parametrize(("image", "z"), [("whole.tif", 18), ("degrees.tif", 19)])
+    def test_no_seam(self, app: App, truth: Callable[..., Truth], image: str, z: int) -> None:
         """Tiles side by side are one raster of labels, sampled at the centres of all pixels."""
-        t, z, size = truth(image), 18, 256
+        t, size = truth(image), 256
         tiles = tiles_over(t.area, z)
         assert len(tiles) >= 4
         cols, rows = sorted({tile.x for tile in tiles}), sorted({tile.y for tile in tiles})
@@ -517,10 +521,12 @@ class TestMergedClasses:
         assert [item["count"] for item in legend] == [int(counts[lookup == i].sum()) for i in range(n)]
 
         area = t.area
-        ids, found, profile = read_tif(app.get(bbox_path(area), url="hole.tif", coord_crs=GRID_CRS, classes=n))
+        answer = app.get(bbox_path(area), url="hole.tif", coord_crs=GRID_CRS, classes=n)
+        ids, found, _ = read_tif(answer)
         assert found == area
         np.testing.assert_array_equal(ids, expected[t.block.labels])
-        assert [profile["colormap"][i][:3] for i in range(n)] == [tuple(color) for color in colors.tolist()]
+        table = colors_of(answer)
+        assert [table[i][:3] for i in range(n)] == [tuple(color) for color in colors.tolist()]
 
         picture = rgba(app.get(bbox_path(area, "png"), url="hole.tif", coord_crs=GRID_CRS, classes=n))
         np.testing.assert_array_equal(labels_of_colors(picture, colors), ids)
@@ -540,8 +546,8 @@ class TestMergedClasses:
             assert (point["label"], point["centroid"]) == (lookup[label], label)
             assert point["color"] == legend[lookup[label]]["color"]
 
-        answer = app.post(f"{API}/statistics", feature_of(area, 0.2), url="hole.tif", classes=n).json()
-        statistics = answer["properties"]["statistics"]
+        sent = app.post(f"{API}/statistics", feature_of(area, 0.2), url="hole.tif", classes=n)
+        statistics = sent.json()["properties"]["statistics"]
         labels = t.block.labels[t.block.labels != NODATA_LABEL]
         shares = np.bincount(lookup[labels], minlength=n) / len(labels)
         assert {item["label"]: item["share"] for item in statistics["classes"]} == pytest.approx(
@@ -929,20 +935,21 @@ class TestLabelRasters:
         assert (ids == NODATA_LABEL).any()
         assert (profile["dtype"], profile["nodata"], profile["count"]) == ("uint16", 65535, 1)
         assert CRS.from_wkt(profile["crs"].to_wkt()).equals(CRS.from_user_input(GRID_CRS))
-        assert [profile["colormap"][i] for i in range(K)] == [(*color, 255) for color in COLORS.tolist()]
+        table = colors_of(answer)
+        assert [table[i] for i in range(K)] == [(*color, 255) for color in COLORS.tolist()]
         assert profile["tags"]["GEOCENTROIDS_CODEBOOK"] == "blend"
         assert profile["tags"]["GEOCENTROIDS_DIGEST"] == app.service.codebook("blend").digest
 
     @pytest.mark.parametrize("image", ["whole.tif", "mercator.tif"])
     def test_overlaps_agree(self, app: App, truth: Callable[..., Truth], image: str) -> None:
         area = truth(image).area
-        one = PatchRange(area.row_start, area.row_start + 17, area.col_start + 2, area.col_start + 21)
-        two = PatchRange(area.row_start + 8, area.row_stop, area.col_start + 11, area.col_stop)
+        one = PatchRange(area.row_start, area.row_start + 12, area.col_start + 2, area.col_start + 13)
+        two = PatchRange(area.row_start + 6, area.row_stop, area.col_start + 7, area.col_stop)
         (a, area_a, _), (b, area_b, _) = (
             read_tif(app.get(bbox_path(part), url=image, coord_crs=GRID_CRS)) for part in (one, two)
         )
         both = area_a.intersect(area_b)
-        assert both.shape == (9, 10)
+        assert both.shape == (6, 6)
         np.testing.assert_array_equal(part_of(a, area_a, both), part_of(b, area_b, both))
 
     def test_a_patch_belongs_to_the_area_by_its_centre(self, app: App, truth: Callable[..., Truth]) -> None:

@@ -26,6 +26,8 @@ READ_BATCH = 16
 """Windows read through one opening of a file: opening costs as much as reading a few."""
 CHUNKS_AHEAD = 128
 """Chunks that one caller keeps in the queues at once: enough to fill a device, few enough to bound memory."""
+CHUNKS_BEFORE_OTHERS = 32
+"""Chunks taken from memory before an event loop may turn to something else; waiting costs more than taking one."""
 PIXEL_CACHE_BYTES = 64 * 2**20
 """Windows read but wanted again soon, as their own chunk's and as their neighbours'."""
 
@@ -145,8 +147,12 @@ class LabelEngine:
     async def block_async(self, dataset: Dataset, patches: PatchRange) -> LabelBlock:
         """Return the labels of a rectangle of patches without holding a thread."""
         result = LabelBlock.empty(patches)
-        for index, future in self._ahead(dataset, patches):
-            result.paste(index, await asyncio.wrap_future(future))
+        for i, (index, future) in enumerate(self._ahead(dataset, patches)):
+            if not future.done():
+                await asyncio.wrap_future(future)
+            elif i % CHUNKS_BEFORE_OTHERS == 0:
+                await asyncio.sleep(0)
+            result.paste(index, future.result())
         return result
 
     def _ahead(self, dataset: Dataset, patches: PatchRange) -> Iterator[tuple[ChunkIndex, Future[ChunkLabels]]]:
