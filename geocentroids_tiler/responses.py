@@ -14,6 +14,9 @@ from geocentroids_tiler.colors import hex_color
 from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
 from geocentroids_tiler.source import Dataset
 
+NEIGHBOURS = 5
+"""Classes that ``point`` names beside the patch's own."""
+
 
 class ClassInfo(BaseModel):
     """A class: a label, or a merged class with ``classes=N``."""
@@ -32,9 +35,10 @@ class Legend(BaseModel):
 
 
 class Neighbour(BaseModel):
-    """Another centroid, and how like the patch's own it is (metric of the codebook)."""
+    """Another class, its centroid most like the patch's own, and how like that is (metric of the codebook)."""
 
     label: int
+    centroid: int
     color: str
     name: str | None = None
     similarity: float
@@ -219,7 +223,6 @@ def point_info(
             coordinates=coordinates, label=None, centroid=None, color=None, name=None, similarity=None, neighbours=[]
         )
     label = int(classes.lookup[centroid])
-    own_names = codebook.names.get(None, {})
     return PointInfo(
         coordinates=coordinates,
         label=label,
@@ -227,11 +230,24 @@ def point_info(
         color=hex_color(classes.colors[label]),
         name=classes.names[label],
         similarity=similarity,
-        neighbours=[
-            Neighbour(label=i, color=hex_color(codebook.colors[i]), name=own_names.get(i), similarity=value)
-            for i, value in codebook.neighbours(centroid, 5)
-        ],
+        neighbours=_neighbours(codebook, classes, centroid),
     )
+
+
+def _neighbours(codebook: Codebook, classes: Classes, centroid: int) -> list[Neighbour]:
+    """Return the classes most like a centroid's own, each by its centroid most like it, best first."""
+    seen = {int(classes.lookup[centroid])}
+    found: list[Neighbour] = []
+    for other, similarity in codebook.neighbours(centroid, len(codebook) - 1):
+        label = int(classes.lookup[other])
+        if label in seen:
+            continue
+        seen.add(label)
+        color, name = hex_color(classes.colors[label]), classes.names[label]
+        found.append(Neighbour(label=label, centroid=other, color=color, name=name, similarity=similarity))
+        if len(found) == NEIGHBOURS:
+            break
+    return found
 
 
 def area_statistics(block: LabelBlock, area: Area, classes: Classes, patch_area_m2: float) -> AreaStatistics:

@@ -613,6 +613,13 @@ class TestStyle:
         )
         assert [item["label"] for item in found["neighbours"]] == np.argsort(distances)[1:6].tolist()
         assert found["coordinates"] == [lon, lat]
+        merged = app.get(f"{API}/point/{lon},{lat}", classes=4).json()
+        others = [item["label"] for item in merged["neighbours"]]
+        lookup = codebook.classes(4).lookup
+        assert sorted([merged["label"], *others]) == [0, 1, 2, 3], "the other classes, each once"
+        assert others == [lookup[item["centroid"]] for item in merged["neighbours"]]
+        first = {label: next(i for i in np.argsort(distances) if lookup[i] == label) for label in others}
+        assert [item["centroid"] for item in merged["neighbours"]] == [first[label] for label in others]
 
 
 class TestCaching:
