@@ -31,7 +31,9 @@ class ViewerHook(BuildHookInterface):  # type: ignore[type-arg]
             self._say("npm was not found: the package is built without its web page; `make viewer` adds it later")
             return
         for command in (["ci", "--no-audit", "--no-fund"], ["run", "build"]):
-            done = subprocess.run([npm, *command], cwd=static, capture_output=True, text=True, check=False)
+            done = subprocess.run(  # noqa: S603 (fixed arguments)
+                [npm, *command], cwd=static, capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 self._say(f"npm {command[0]} failed, the package is built without its web page:\n{done.stderr[-2000:]}")
                 return
