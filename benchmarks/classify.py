@@ -4,7 +4,7 @@ Every tile of the image is fetched from the application, and the colour of each 
 colour of the label under it in the file that `geocentroids classify` wrote; the place of the pixel is computed with
 rasterio, not with our own code.
 
-    python benchmarks/classify.py ../shared/imagery/south_america/bolivia_river_town.tif
+    python benchmarks/classify.py IMAGE.tif
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Windows of real images are cut along random lines. For each way of filling, the share of patches within three patches
 of the cut that keep their class is printed, for all classes and for the merge tree cut into 24.
 
-    python benchmarks/edge_fill.py --images ../shared/imagery
+    python benchmarks/edge_fill.py --images FOLDER
 """
 
 from __future__ import annotations
