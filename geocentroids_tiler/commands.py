@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
@@ -15,11 +16,16 @@ from geocentroids_tiler.errors import GeocentroidsError, InputError
 from geocentroids_tiler.settings import load_settings
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from geocentroids_tiler.labels.engine import LabelEngine
     from geocentroids_tiler.labels.service import Service
+    from geocentroids_tiler.labels.store import ChunkLabels
     from geocentroids_tiler.source import Dataset, ReadOptions
 
 DEMO_BUDGET_S = 600
+CHUNKS_AT_ONCE = 4
+"""Chunks of the sample scene computed ahead at once: enough to keep a few cores busy."""
 DEMO_FOLDER = Path.home() / ".cache" / "geocentroids" / "demo"
 
 codebook_option = click.option("--codebook", help="Name of an installed codebook, or a codebook directory.")
@@ -183,13 +189,25 @@ def _read_options(bidx: str | None, rescale: str | None) -> ReadOptions:
 
 
 def _label_ahead(service: Service, url: str) -> None:
-    """Compute the labels of the sample scene before anyone asks for them."""
+    """Compute the labels of the sample scene before anyone asks for them, from its middle outwards.
+
+    Few chunks are asked for at once, so that a tile that someone is waiting for comes first.
+    """
+    from collections import deque
+
     from geocentroids_tiler.source import ReadOptions
 
     codebook = service.codebook(None)
     engine = service.engine(codebook).result()
     dataset = service.dataset(url, ReadOptions(), codebook).result()
-    engine.block(dataset, dataset.footprint)
+    stride = engine.layout.stride_patches
+    chunks = dataset.footprint.chunk_range(stride)
+    middle = (chunks.row_start + chunks.row_stop) / 2, (chunks.col_start + chunks.col_stop) / 2
+    waiting: deque[Future[ChunkLabels]] = deque()
+    for index in sorted(dataset.footprint.chunks(stride), key=lambda chunk: math.dist(chunk, middle)):
+        waiting.append(engine.chunk(dataset, index))
+        if len(waiting) == CHUNKS_AT_ONCE:
+            waiting.popleft().result()
 
 
 def _shown(host: str) -> str:
