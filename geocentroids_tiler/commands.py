@@ -54,6 +54,7 @@ def demo(host: str, port: int, codebook: str | None, folder: Path) -> None:
     settings = load_settings(codebook=codebook, root=folder, demo_url=scene.name, tile_budget_s=DEMO_BUDGET_S)
     app = create_app(settings)
     service: Service = app.state.service
+    service.codebook(None)
     threading.Thread(target=_label_ahead, args=(service, scene.name), daemon=True).start()
     click.echo(f"Open http://{_shown(host)}:{port}/ in a browser (Ctrl+C ends the server).")
     uvicorn.run(app, host=host, port=port, log_level="warning")
@@ -73,8 +74,11 @@ def serve(host: str, port: int, codebook: str | None, root: Path | None, workers
     """Serve tiles, exports and the web page. Further settings: GEOCENTROIDS_* environment variables."""
     import uvicorn
 
+    from geocentroids_tiler.hub import find_codebook
+
     check_port(host, port)
     settings = load_settings(codebook=codebook, root=root)
+    find_codebook(settings.codebook, settings.codebooks_dir, allow_path=True)  # now, not in each worker
     # Workers are processes of their own: they read the same settings from the environment.
     if settings.root is not None:
         os.environ["GEOCENTROIDS_ROOT"] = str(settings.root.resolve())

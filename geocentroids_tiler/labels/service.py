@@ -219,10 +219,17 @@ class Service:
             return future
 
     def loaded(self, codebook: Codebook) -> bool:
-        """Tell whether the engine of a codebook is ready, without loading it."""
+        """Tell whether the engine of a codebook is ready, without loading it.
+
+        Raises:
+            EncoderError: if the last attempt to load it failed.
+        """
         with self._lock:
             future = self._engines.get(codebook.digest)
-        return future is not None and future.done() and future.exception() is None
+        if future is None or not future.done():
+            return False
+        future.result()
+        return True
 
     def engines(self) -> list[LabelEngine]:
         """Return the engines that are ready."""
