@@ -136,8 +136,9 @@ def _health_router(service: Service) -> APIRouter:
     async def readyz() -> JSONResponse:
         """Answer 200 once the default codebook's encoder has run."""
         try:
-            ready = service.loaded(await find_codebook(service, ReadParams()))
-            reason = "the encoder is loading"
+            codebook = await find_codebook(service, ReadParams())
+            ready = service.loaded(codebook)
+            reason = str(service.load_failure(codebook) or "the encoder is loading")
         except GeocentroidsError as error:
             ready, reason = False, str(error)
         body = {"status": "ok"} if ready else {"status": "not ready", "detail": reason}

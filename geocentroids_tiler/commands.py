@@ -48,7 +48,7 @@ def demo(host: str, port: int, codebook: str | None, folder: Path) -> None:
     from geocentroids_tiler.scene import ensure_demo_scene
 
     check_port(host, port)
-    click.echo("Drawing the sample scene (first time only) ...", err=True)
+    click.echo("Preparing the sample scene ...", err=True)
     scene = ensure_demo_scene(folder)
     # All labels are computed ahead, so every zoom may be asked for.
     settings = load_settings(codebook=codebook, root=folder, demo_url=scene.name, tile_budget_s=DEMO_BUDGET_S)

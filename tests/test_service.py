@@ -316,9 +316,11 @@ class TestEngines:
         with pytest.raises(OSError, match="no such device"):
             service.engine(codebook).result(PATIENCE_S)
         assert not service.loaded(codebook)
+        assert str(service.load_failure(codebook)) == "no such device"
         assert service.engines() == []
         service.engine(codebook).result(PATIENCE_S)
         assert loader.loads == 2
+        assert service.load_failure(codebook) is None
         service.close()
 
     def test_a_device_that_fails_when_it_is_measured_leaves_no_threads(

@@ -219,17 +219,16 @@ class Service:
             return future
 
     def loaded(self, codebook: Codebook) -> bool:
-        """Tell whether the engine of a codebook is ready, without loading it.
-
-        Raises:
-            EncoderError: if the last attempt to load it failed.
-        """
+        """Tell whether the engine of a codebook is ready, without loading it."""
         with self._lock:
             future = self._engines.get(codebook.digest)
-        if future is None or not future.done():
-            return False
-        future.result()
-        return True
+        return future is not None and future.done() and future.exception() is None
+
+    def load_failure(self, codebook: Codebook) -> BaseException | None:
+        """Return why the last attempt to load the engine of a codebook failed, or None."""
+        with self._lock:
+            future = self._engines.get(codebook.digest)
+        return future.exception() if future is not None and future.done() else None
 
     def engines(self) -> list[LabelEngine]:
         """Return the engines that are ready."""
