@@ -29,7 +29,7 @@ unit: $(VENV)/.tested $(VIEWER)  ## the tests
 
 # The main job on another Python than the one above, where one is installed, with the light set-up only.
 smoke: $(VIEWER)
-	@other=$$(for p in python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[23]*/bin/python); do \
+	@other=$$(for p in python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python $(HOME)/.pyenv/versions/3.12*/bin/python); do \
 		"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; done); \
 	if [ -z "$$other" ]; then echo "smoke: no Python 3.12 or 3.13 is installed, skipped"; exit 0; fi; \
 	set -e; "$$other" --version; \
