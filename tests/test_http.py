@@ -6,8 +6,8 @@ import io
 import json
 import random
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import rasterio
 from fakes import (
+    PATIENCE_S,
     K,
     Loader,
     PoisonError,
@@ -29,6 +30,7 @@ from fakes import (
     labels_of_colors,
     open_image,
     part_of,
+    until,
     write_codebooks,
     write_images,
 )
@@ -1197,16 +1199,25 @@ class TestAround:
         assert (ready.status_code, ready.json()) == (200, {"status": "ok"})
         assert {answer.headers["cache-control"] for answer in (waiting, ready)} == {"no-store"}
 
-    def test_ready_while_all_exports_are_busy(self, start: Callable[..., App]) -> None:
+    def test_nothing_short_waits_for_exports(self, start: Callable[..., App], truth: Callable[..., Truth]) -> None:
         app = start()
-        app.get(f"{API}/info")
-        gate = threading.Event()
-        for _ in range(20):
-            app.service.exporting.submit(gate.wait, 30)
-        assert app.client.get("/readyz").status_code == 200
-        assert app.get(f"{API}/point/-56.343,-34.881").json()["label"] is not None
-        assert app.tile(18, 90044, 158203).status_code == 200
-        gate.set()
+        app.tile(18, 90044, 158203)
+        encoder = app.loader.made["blend"]
+        encoder.gate.clear()
+        with ThreadPoolExecutor(8) as pool:
+            body = feature_of(truth().area, 0.2)
+            exports = [
+                pool.submit(app.get, bbox_path(truth().area), coord_crs=GRID_CRS, bidx=[3, 2, 1]) for _ in "abcd"
+            ]
+            exports += [pool.submit(app.post, f"{API}/statistics", body, bidx=[3, 2, 1]) for _ in "ab"]
+            until(lambda: app.service.exporting._work_queue.qsize() == 2)
+            assert app.client.get("/readyz").status_code == 200
+            assert app.get(f"{API}/point/-56.343,-34.881").json()["label"] is not None
+            assert app.get(f"{API}/legend", classes=7).status_code == 200
+            assert app.tile(18, 90044, 158203, classes=8).status_code == 200
+            assert not any(export.done() for export in exports), "they still wait for the device"
+            encoder.gate.set()
+            assert {export.result(PATIENCE_S).status_code for export in exports} == {200}
 
     def test_no_default_codebook(self, start: Callable[..., App]) -> None:
         app = start(codebook="missing")
