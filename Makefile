@@ -25,7 +25,7 @@ check: $(VENV)/.tested  ## formatting, lint, types, import contracts
 	if command -v npm >/dev/null; then cd static && npm run check && npm test; fi
 
 unit: $(VENV)/.tested $(VIEWER)  ## the tests
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist loadfile
 
 # The main job on another Python than the one above, where one is installed, with the light set-up only.
 smoke: $(VIEWER)

@@ -286,6 +286,7 @@ def calls_of(dependant: Dependant) -> list[Callable[..., Any]]:
 class TestNoThreads:
     """A synchronous dependency would make an asynchronous route wait for AnyIO's threads."""
 
+    @pytest.mark.usefixtures("client")  # mounts the extension
     def test_every_dependency_of_every_route_is_asynchronous(self, extension: GeocentroidsExtension) -> None:
         routes = [route for route in extension.factory.router.routes if isinstance(route, APIRoute)]
         assert len(routes) >= 12
