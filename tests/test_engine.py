@@ -139,7 +139,7 @@ class TestAgainstBruteForce:
     def test_every_overlap_and_metric(self, images: Path, metric: str, stride: int) -> None:
         codebook = fake_codebook("blend", metric=metric, stride=stride)
         service, _ = fake_service(images, images)
-        dataset = service.dataset("hole.tif", ReadOptions(), codebook).result(PATIENCE_S)
+        dataset = service.dataset("degrees.tif", ReadOptions(), codebook).result(PATIENCE_S)
         engine = service.engine(codebook).result(PATIENCE_S)
         expected, lead = brute_force(dataset, codebook)
         labels = engine.block(dataset, dataset.footprint).labels
@@ -337,7 +337,7 @@ class TestWaitersThatGo:
 
 
 class TestBitForBit:
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=10, deadline=None)
     @given(data=st.data())
     def test_any_split_order_cache_and_number_of_readers(
         self, images: Path, codebooks: Path, truth: Callable[..., Any], data: st.DataObject
