@@ -17,7 +17,6 @@ from geocentroids_tiler.errors import InputError, UnsupportedImageError
 from geocentroids_tiler.grid import (
     WGS84,
     Bounds,
-    ChunkIndex,
     Grid,
     PatchRange,
     bounds_holding,
@@ -116,11 +115,11 @@ def _select(
     patches = _candidates(bounds, crs, grid, footprint)
     mask = np.zeros(patches.shape, bool)
     for block in patches.chunks(_BLOCK_PATCHES):
-        whole = _block_patches(block)
+        whole = block.patches(_BLOCK_PATCHES)
         part = whole.intersect(patches)
         x, y = _centres(whole, grid, crs)
-        own = _slices(part, whole)
-        mask[_slices(part, patches)] = inside(x[own], y[own])
+        own = part.within(whole)
+        mask[part.within(patches)] = inside(x[own], y[own])
     rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return Area(PatchRange(0, 0, 0, 0), np.zeros((0, 0), bool))
@@ -133,24 +132,12 @@ def _select(
     return Area(tight, mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1])
 
 
-def _block_patches(block: ChunkIndex) -> PatchRange:
-    n = _BLOCK_PATCHES
-    return PatchRange(block.row * n, (block.row + 1) * n, block.col * n, (block.col + 1) * n)
-
-
 def _centres(block: PatchRange, grid: Grid, crs: CRS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return x and y in ``crs`` of the centres of a block's patches."""
     tolerance = grid.patch_m * _PLACE_TOLERANCE
     if crs.is_geographic:
         tolerance /= 111_320  # metres per degree, at most
     return raster_points(grid.bounds_of(block), grid.crs, block.shape, crs, tolerance)
-
-
-def _slices(part: PatchRange, whole: PatchRange) -> tuple[slice, slice]:
-    return (
-        slice(part.row_start - whole.row_start, part.row_stop - whole.row_start),
-        slice(part.col_start - whole.col_start, part.col_stop - whole.col_start),
-    )
 
 
 def _candidates(bounds: Bounds, crs: CRS, grid: Grid, footprint: PatchRange) -> PatchRange:

@@ -21,6 +21,9 @@ Triple = tuple[float, float, float]
 class ErrorGroup(click.Group):
     """A group whose commands end with one sentence on stderr instead of a traceback, unless ``--debug`` is given."""
 
+    program = "geocentroids"
+    """The command as it is typed."""
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see the class."""
         try:
@@ -33,18 +36,18 @@ class ErrorGroup(click.Group):
         except Exception as error:
             if ctx.params.get("debug") or (isinstance(error, OSError) and error.errno == errno.EPIPE):
                 raise  # click ends quietly on a closed pipe
-            click.echo(f"Error: {error_sentence(error)}", err=True)
+            click.echo(f"Error: {error_sentence(error, self.program)}", err=True)
             ctx.exit(EXIT_ERROR)
 
 
-def error_sentence(error: Exception) -> str:
-    """Return one line for the user."""
+def error_sentence(error: Exception, program: str) -> str:
+    """Return one line for the user of ``program``."""
     text = " ".join(str(error).split())
     if isinstance(error, GeocentroidsError):
         return text
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"unexpected {type(error).__name__}: {text} (geocentroids --debug shows where)"
+    return f"unexpected {type(error).__name__}: {text} ({program} --debug shows where)"
 
 
 @click.group(cls=ErrorGroup, context_settings={"help_option_names": ["-h", "--help"]})

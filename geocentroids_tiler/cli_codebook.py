@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from geocentroids_tiler.codebook import Codebook, PreprocessSection, validation_problems
 from geocentroids_tiler.errors import InputError
-from geocentroids_tiler.hub import CodebookInfo, codebook_size_bytes
+from geocentroids_tiler.hub import ListedCodebook, codebook_size_bytes
 
 _PREPROCESS_OPTIONS = ("gsd_m", "resampling", "window_patches", "margin_patches", "stride_patches", "mean", "std")
 
@@ -30,7 +30,7 @@ def preprocess_section(options: dict[str, Any]) -> PreprocessSection:
         raise InputError(validation_problems(error)) from error
 
 
-def list_text(entries: Sequence[CodebookInfo], *, as_json: bool) -> str:
+def list_text(entries: Sequence[ListedCodebook], *, as_json: bool) -> str:
     """Return a table, one line a codebook, and below it what is wrong with the broken ones; or JSON."""
     if as_json:
         return json.dumps([asdict(entry) for entry in entries], indent=2, ensure_ascii=False, default=str)

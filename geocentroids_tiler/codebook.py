@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from geocentroids_tiler.colors import oklab_to_srgb, srgb_to_oklab
-from geocentroids_tiler.errors import CodebookError, InputError
+from geocentroids_tiler.errors import CodebookError, InputError, short
 
 FORMAT: Literal["geocentroids-codebook/1"] = "geocentroids-codebook/1"
 MANIFEST_FILE = "codebook.json"
@@ -353,8 +353,7 @@ def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: P
         CodebookError: if ``path`` holds something already, or what was written does not load.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CodebookError(f"{path} exists already; name a new directory or remove it first")
+    check_vacant(path)
     manifest = codebook.manifest
     if encoder is not None and manifest.encoder.source == ENCODER_FILE:
         manifest = _with_encoder_digest(manifest, encoder)
@@ -384,6 +383,12 @@ def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: P
     return load_codebook(path)
 
 
+def check_vacant(path: Path) -> None:
+    """Raise CodebookError unless ``path`` is free for a new codebook: not there yet, or an empty directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CodebookError(f"{path} exists already; name a new directory or remove it first")
+
+
 def manifest_text(manifest: Manifest) -> str:
     """Return the content of ``codebook.json``."""
     return json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
@@ -392,7 +397,7 @@ def manifest_text(manifest: Manifest) -> str:
 def validation_problems(error: ValidationError) -> str:
     """Return which fields were wrong, their values and what is allowed, in one line."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in item['loc']) or 'file'} = {_short(item['input'])}: {item['msg']}"
+        f"{'.'.join(str(part) for part in item['loc']) or 'file'} = {short(item['input'])}: {item['msg']}"
         for item in error.errors()
     )
 
@@ -514,8 +519,3 @@ def _check_tree(tree: NDArray[np.float64], k: int, where: str) -> None:
 
 def _canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -16,11 +16,8 @@ from geocentroids_tiler.errors import GeocentroidsError, InputError
 from geocentroids_tiler.settings import load_settings
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from geocentroids_tiler.labels.engine import LabelEngine
     from geocentroids_tiler.labels.service import Service
-    from geocentroids_tiler.labels.store import ChunkLabels
     from geocentroids_tiler.source import Dataset, ReadOptions
 
 DEMO_BUDGET_S = 600
@@ -132,14 +129,13 @@ def info(src: str, codebook: str | None, bidx: str | None, rescale: str | None, 
     """Say how SRC (a URL or a file) lies on the ground grid, and what labelling it would cost."""
     import morecantile
 
+    from geocentroids_tiler.handlers import zooms_of
     from geocentroids_tiler.responses import image_info
-    from geocentroids_tiler.tiles import zoom_range
 
     service, dataset, engine = _open(src, codebook, bidx, rescale)
     try:
         tms = morecantile.tms.get("WebMercatorQuad")
-        zooms = zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
-        found = image_info(dataset, engine, zooms).model_dump()
+        found = image_info(dataset, engine, zooms_of(service, engine, dataset, tms)).model_dump()
     finally:
         service.close()
     if as_json:
@@ -197,8 +193,6 @@ def _label_ahead(service: Service, url: str) -> None:
 
     Few chunks are asked for at once, so that a tile that someone is waiting for comes first.
     """
-    from collections import deque
-
     from geocentroids_tiler.source import ReadOptions
 
     codebook = service.codebook(None)
@@ -207,11 +201,9 @@ def _label_ahead(service: Service, url: str) -> None:
     stride = engine.layout.stride_patches
     chunks = dataset.footprint.chunk_range(stride)
     middle = (chunks.row_start + chunks.row_stop) / 2, (chunks.col_start + chunks.col_stop) / 2
-    waiting: deque[Future[ChunkLabels]] = deque()
-    for index in sorted(dataset.footprint.chunks(stride), key=lambda chunk: math.dist(chunk, middle)):
-        waiting.append(engine.chunk(dataset, index))
-        if len(waiting) == CHUNKS_AT_ONCE:
-            waiting.popleft().result()
+    outwards = sorted(dataset.footprint.chunks(stride), key=lambda chunk: math.dist(chunk, middle))
+    for _, labels in engine.ahead(dataset, outwards, CHUNKS_AT_ONCE):
+        labels.result()
 
 
 def _shown(host: str) -> str:

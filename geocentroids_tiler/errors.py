@@ -56,3 +56,9 @@ HTTP_STATUS: dict[type[GeocentroidsError], int] = {
 def http_status(error: GeocentroidsError) -> int:
     """Return the HTTP status for ``error``: that of the nearest class in its MRO listed in ``HTTP_STATUS``."""
     return next(HTTP_STATUS[cls] for cls in type(error).__mro__ if cls in HTTP_STATUS)
+
+
+def short(value: object) -> str:
+    """Return a value as an error message shows it: as Python writes it, cut at 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -36,6 +36,11 @@ class ChunkIndex(NamedTuple):
     row: int
     col: int
 
+    def patches(self, stride_patches: int) -> PatchRange:
+        """Return the patches of the chunk."""
+        s = stride_patches
+        return PatchRange(self.row * s, (self.row + 1) * s, self.col * s, (self.col + 1) * s)
+
 
 @dataclass(frozen=True, slots=True)
 class PatchRange:
@@ -63,6 +68,13 @@ class PatchRange:
             min(self.row_stop, other.row_stop),
             max(self.col_start, other.col_start),
             min(self.col_stop, other.col_stop),
+        )
+
+    def within(self, whole: PatchRange) -> tuple[slice, slice]:
+        """Return where these patches lie in an array that holds those of ``whole``."""
+        return (
+            slice(self.row_start - whole.row_start, self.row_stop - whole.row_start),
+            slice(self.col_start - whole.col_start, self.col_stop - whole.col_start),
         )
 
     def chunk_range(self, stride_patches: int) -> PatchRange:
@@ -151,7 +163,7 @@ def ground_grid(crs: CRS, transform: AffineCoefficients, width_px: int, height_p
     Raises:
         UnsupportedImageError: if the image cannot be placed on the ground.
     """
-    crs = _horizontal(crs)
+    crs = horizontal(crs)
     lon, lat = image_centre(crs, transform, width_px, height_px)
     if _is_metric_grid(crs):
         scale = _scale_at(crs, lon, lat)
@@ -205,7 +217,7 @@ def ground_gsd(crs: CRS, transform: AffineCoefficients, width_px: int, height_px
     a, b, c, d, e, f = transform
     col, row = width_px / 2, height_px / 2
     cols, rows = np.array([col, col + 1, col]), np.array([row, row, row + 1])
-    x, y = project(_horizontal(crs), grid.crs, a * cols + b * rows + c, d * cols + e * rows + f)
+    x, y = project(horizontal(crs), grid.crs, a * cols + b * rows + c, d * cols + e * rows + f)
     area = abs((x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0]))
     return math.sqrt(float(area) / grid.areal_scale)
 
@@ -221,7 +233,7 @@ def outline(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: i
     zero, one = np.zeros_like(t), np.ones_like(t)
     cols = np.concatenate([t, one, t[::-1], zero]) * width_px
     rows = np.concatenate([zero, t, one, t[::-1]]) * height_px
-    x, y = project(_horizontal(crs), target, a * cols + b * rows + c, d * cols + e * rows + f)
+    x, y = project(horizontal(crs), target, a * cols + b * rows + c, d * cols + e * rows + f)
     points = np.stack([x, y], axis=1)
     points = points[np.isfinite(points).all(axis=1)]
     if not len(points):
@@ -251,7 +263,7 @@ def bounds_holding(patches: PatchRange, grid: Grid, target: CRS) -> Bounds | Non
 def geographic_bounds(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: int) -> Bounds:
     """Return west, south, east, north of an image in degrees; -180 to 180 where it crosses the antimeridian."""
     points = outline(crs, transform, width_px, height_px, WGS84)
-    lon0, _ = image_centre(_horizontal(crs), transform, width_px, height_px)
+    lon0, _ = image_centre(horizontal(crs), transform, width_px, height_px)
     lon = lon0 + (points[:, 0] - lon0 + 180) % 360 - 180  # no jump along the edge
     south, north = float(points[:, 1].min()), float(points[:, 1].max())
     if lon.min() < -180 or lon.max() > 180:
@@ -345,7 +357,7 @@ def parse_crs(text: str) -> CRS:
             f"{text!r} ({crs.type_name}) does not place points on a map; accepted: AUTHORITY:code of a "
             "geographic or projected CRS, for example EPSG:32721"
         )
-    return _horizontal(crs)
+    return horizontal(crs)
 
 
 def _bilinear(mesh: NDArray[np.float64], u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -364,7 +376,8 @@ def _transformer(source: CRS, target: CRS) -> Transformer:
     return Transformer.from_crs(source, target, always_xy=True)
 
 
-def _horizontal(crs: CRS) -> CRS:
+def horizontal(crs: CRS) -> CRS:
+    """Return the part of a CRS that places points on the map: a compound one without its heights."""
     return crs.sub_crs_list[0] if crs.is_compound else crs
 
 

@@ -15,11 +15,12 @@ from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
+from morecantile import TileMatrixSet
 from starlette.requests import Request
 
 from geocentroids_tiler.area import Area, area_of_geometry
 from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
-from geocentroids_tiler.errors import GeocentroidsError, InputError, http_status
+from geocentroids_tiler.errors import GeocentroidsError, InputError, http_status, short
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.export import label_geotiff
 from geocentroids_tiler.labels.futures import follow
@@ -28,6 +29,7 @@ from geocentroids_tiler.params import ReadParams, StyleParams
 from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat, encode_indexed, palette_index, transparent_tile
 from geocentroids_tiler.responses import area_statistics, with_statistics
 from geocentroids_tiler.source import Dataset
+from geocentroids_tiler.tiles import zoom_range
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -95,6 +97,11 @@ async def open_all(service: Service, url: str, read: ReadParams) -> tuple[Codebo
     codebook = await find_codebook(service, read)
     dataset = await find_dataset(service, url, read, codebook)
     return codebook, dataset, await find_engine(service, codebook)
+
+
+def zooms_of(service: Service, engine: LabelEngine, dataset: Dataset, tms: TileMatrixSet) -> tuple[int, int]:
+    """Return minzoom and maxzoom of a dataset on this server's device."""
+    return zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
 
 
 def read_geojson(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -230,8 +237,8 @@ def _problem(item: Mapping[str, Any]) -> str:
 
 
 def _short(value: object) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """Return a value that came as JSON as an error message shows it."""
+    return "null" if value is None else short(value)
 
 
 def _error(detail: Any, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:

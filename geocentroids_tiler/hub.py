@@ -40,7 +40,7 @@ from geocentroids_tiler.importing import (
 from geocentroids_tiler.recipes import RECIPES, PinnedFile, Recipe
 
 __all__ = [
-    "CodebookInfo",
+    "ListedCodebook",
     "Remotes",
     "codebook_size_bytes",
     "find_codebook",
@@ -62,7 +62,7 @@ Origin = Literal["built in", "installed", "available"]
 
 
 @dataclass(frozen=True, slots=True)
-class CodebookInfo:
+class ListedCodebook:
     """One line of a list of codebooks. What could not be read, or is not known before it is fetched, is None.
 
     Attributes:
@@ -134,7 +134,7 @@ def find_codebook(name: str, codebooks_dir: Path, *, allow_path: bool = False) -
     raise _not_found(name, codebooks_dir)
 
 
-def list_codebooks(codebooks_dir: Path) -> list[CodebookInfo]:
+def list_codebooks(codebooks_dir: Path) -> list[ListedCodebook]:
     """List built-in, installed and known codebooks, by name. A broken one is listed with its error.
 
     Args:
@@ -241,14 +241,14 @@ def _not_found(name: str, codebooks_dir: Path) -> CodebookNotFoundError:
     return CodebookNotFoundError(f"there is no codebook {name if len(name) <= 80 else name[:77] + '...'!r} ({what})")
 
 
-def _describe(path: Path, origin: Origin) -> CodebookInfo:
+def _describe(path: Path, origin: Origin) -> ListedCodebook:
     try:
         codebook = _load_named(path)
         size_bytes = codebook_size_bytes(path)
     except (CodebookError, OSError) as error:
-        return CodebookInfo(path.name, origin, path=path, error=str(error))
+        return ListedCodebook(path.name, origin, path=path, error=str(error))
     manifest = codebook.manifest
-    return CodebookInfo(
+    return ListedCodebook(
         name=manifest.name,
         origin=origin,
         version=manifest.version,
@@ -263,8 +263,8 @@ def _describe(path: Path, origin: Origin) -> CodebookInfo:
     )
 
 
-def _describe_recipe(recipe: Recipe) -> CodebookInfo:
-    return CodebookInfo(
+def _describe_recipe(recipe: Recipe) -> ListedCodebook:
+    return ListedCodebook(
         name=recipe.name,
         origin="available",
         version=recipe.version,

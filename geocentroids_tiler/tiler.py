@@ -39,6 +39,7 @@ from geocentroids_tiler.handlers import (
     read_geojson,
     run,
     statistics_of,
+    zooms_of,
 )
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.params import (
@@ -53,7 +54,7 @@ from geocentroids_tiler.params import (
 from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat
 from geocentroids_tiler.responses import ImageInfo, Legend, PointInfo, image_info, legend, point_info
 from geocentroids_tiler.settings import Settings
-from geocentroids_tiler.tiles import TileCache, TileKey, check_zoom, draw_tile, tile_view, zoom_range
+from geocentroids_tiler.tiles import TileCache, TileKey, check_zoom, draw_tile, tile_view
 from geocentroids_tiler.wmts import capabilities
 
 PREFIX = "/geocentroids"
@@ -207,7 +208,7 @@ class ClassTilerFactory(TilerFactory):
                 return Response(status_code=304, headers=headers)
             content = self.tile_cache.get(key)
             if content is None:
-                minzoom, _ = zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
+                minzoom, _ = zooms_of(service, engine, dataset, tms)
                 if z < minzoom:
                     return empty_tile(tilesize, format, f"below-minzoom {minzoom}")
                 view = await run(
@@ -245,7 +246,7 @@ class ClassTilerFactory(TilerFactory):
             tms = self._tms(tileMatrixSetId)
             codebook, dataset, engine = await open_all(service, url, read)
             await self._check_look(codebook, look)
-            minzoom, maxzoom = zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
+            minzoom, maxzoom = zooms_of(service, engine, dataset, tms)
             query = [(name, value) for name, value in request.query_params.multi_items() if name != "tile_format"]
             if "tilesize" not in request.query_params:
                 query.append(("tilesize", str(tilesize)))
@@ -363,7 +364,7 @@ class ClassTilerFactory(TilerFactory):
             _, dataset, engine = await open_all(service, url, read)
             known = self.supported_tms.list()
             tms = self._tms("WebMercatorQuad" if "WebMercatorQuad" in known else known[0])
-            zooms = zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
+            zooms = zooms_of(service, engine, dataset, tms)
             return image_info(dataset, engine, zooms)
 
     def point(self) -> None:

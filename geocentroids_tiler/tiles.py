@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import threading
 from dataclasses import dataclass
 
 import numpy as np
-from cachetools import LRUCache
 from morecantile import Tile, TileMatrixSet
 from numpy.typing import NDArray
 from pyproj import CRS
 
 from geocentroids_tiler import __version__
+from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Classes
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.grid import Bounds, Grid, PatchRange, bounds_holding, project, raster_points
@@ -36,6 +35,8 @@ MAX_SAMPLES_PX = 4096
 """Samples a side of a tile at most; bounds the memory that a tile takes."""
 PLACE_TOLERANCE = 0.02
 """Pixel centres are placed on the ground to this share of a patch."""
+_ENTRY_OVERHEAD_BYTES = 1024
+"""Python objects around one cached tile, roughly."""
 _NOWHERE = -(2**40)
 """Row and column of a pixel without a place in the grid's CRS."""
 
@@ -82,29 +83,11 @@ class TileKey:
         return f'"{hashlib.sha256(text.encode()).hexdigest()[:32]}"'
 
 
-class TileCache:
-    """Encoded tiles in memory, bounded in bytes, least recently used out first. Safe for threads."""
+class TileCache(ByteCache[TileKey, bytes]):
+    """Encoded tiles in memory."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._lock = threading.Lock()
-        self._cache: LRUCache[TileKey, bytes] = LRUCache(max_bytes, getsizeof=lambda content: len(content) + 1024)
-
-    def get(self, key: TileKey) -> bytes | None:
-        """Return a tile, or None if it is not kept."""
-        with self._lock:
-            return self._cache.get(key)
-
-    def put(self, key: TileKey, content: bytes) -> None:
-        """Keep a tile, unless it is larger than the whole cache."""
-        with self._lock:
-            if len(content) + 1024 <= self._cache.maxsize:
-                self._cache[key] = content
-
-    @property
-    def nbytes(self) -> int:
-        """Memory taken."""
-        with self._lock:
-            return int(self._cache.currsize)
+        super().__init__(max_bytes, lambda content: len(content) + _ENTRY_OVERHEAD_BYTES)
 
 
 @dataclass(frozen=True)
@@ -195,7 +178,7 @@ def draw_tile(
     rows, cols = view.rows - block.patches.row_start, view.cols - block.patches.col_start
     nodata = len(palette) - 1
     sampled = sample(index, rows, cols, nodata)
-    at = np.s_[view.pixels.row_start : view.pixels.row_stop, view.pixels.col_start : view.pixels.col_stop]
+    at = view.pixels.within(PatchRange(0, view.size_px, 0, view.size_px))
     if view.samples == 1:
         picture = np.full((view.size_px, view.size_px), nodata, np.uint16)
         picture[at] = sampled

@@ -17,6 +17,7 @@ from httpd import Httpd, Served, serve
 from rasters import texture, write_tif
 
 from geocentroids_tiler.codebook import save_codebook
+from geocentroids_tiler.encoder import encoder_source
 from geocentroids_tiler.errors import (
     CodebookNotFoundError,
     EncoderError,
@@ -25,7 +26,7 @@ from geocentroids_tiler.errors import (
     SourceUnavailableError,
 )
 from geocentroids_tiler.labels import service as service_module
-from geocentroids_tiler.labels.service import Service, encoder_source
+from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.source import ReadOptions, resolve_source
 
 TTL_S = 60.0
@@ -396,7 +397,8 @@ class TestCodebooks:
 
     def test_the_source_of_an_encoder(self, make: Callable[..., Any]) -> None:
         service, _ = make()
-        source = encoder_source(service.codebook("plain"))
+        codebook = service.codebook("plain")
+        source = encoder_source(codebook.manifest.encoder, codebook.manifest.preprocess, codebook.encoder_path)
         assert (source.model, source.onnx_path) == ("owner/encoder", None)
         assert (source.window_patches, source.patch_px, source.allow_download) == (8, 14, False)
 

@@ -14,24 +14,16 @@ from pydantic import ValidationError
 from geocentroids_fit import __version__
 from geocentroids_fit.pack import Identity
 from geocentroids_fit.pipeline import Plan, run
+from geocentroids_tiler.cli import ErrorGroup
 from geocentroids_tiler.codebook import Metric, PreprocessSection, Resampling, validation_problems
-from geocentroids_tiler.errors import GeocentroidsError, InputError
+from geocentroids_tiler.errors import InputError
 
 
-class _Group(click.Group):
-    """Turns an expected error into one sentence on stderr and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except GeocentroidsError as error:
-            if ctx.params.get("debug"):
-                raise
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(1)
+class _FitGroup(ErrorGroup):
+    program = "geocentroids-fit"
 
 
-@click.group(cls=_Group)
+@click.group(cls=_FitGroup)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(__version__)
 def main(debug: bool) -> None:

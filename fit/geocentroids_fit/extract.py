@@ -232,7 +232,7 @@ def _chunk_features(
         labelled = {index: (read[index] if index in read else kept[index]).labelled[own] for index in batch}
         looked_at = len(batch)
         batch = [index for index in batch if labelled[index].any()]
-        needed = {index: _windows_of(index, layout) for index in batch}
+        needed = {index: layout.windows_of(index) for index in batch}
         _encode_missing(dataset, [w for windows in needed.values() for w in windows], read, kept, encoder, patch_px)
         for index in batch:
             tokens = blend([encoder.fetch(kept[window].tokens) for window in needed[index]], layout)
@@ -246,10 +246,6 @@ def _chunk_features(
                 images=(),
             )
         done(looked_at)
-
-
-def _windows_of(index: ChunkIndex, layout: ChunkLayout) -> list[ChunkIndex]:
-    return [ChunkIndex(index.row + part.d_row, index.col + part.d_col) for part in layout.parts]
 
 
 def _encode_missing(
@@ -266,7 +262,7 @@ def _encode_missing(
         kept.get(window)  # the cache must not drop what this batch uses
     unread = [window for window in missing if window not in read]
     read = read | dict(zip(unread, read_windows(dataset, unread, patch_px), strict=True))
-    size = encoder.batch_windows
+    size = encoder.windows_at_once
     for start in range(0, len(missing), size):
         part = missing[start : start + size]
         handles = encoder.encode(np.stack([read[window].pixels for window in part]))

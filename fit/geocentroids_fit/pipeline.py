@@ -21,9 +21,16 @@ from geocentroids_fit.pack import (
     write_codebook,
 )
 from geocentroids_fit.tree import ward_tree
-from geocentroids_tiler.codebook import ENCODER_FILE, Codebook, EncoderSection, Metric, PreprocessSection
-from geocentroids_tiler.encoder import ChunkLayout, EncoderSource, load_encoder
-from geocentroids_tiler.errors import CodebookError, EncoderError, InputError
+from geocentroids_tiler.codebook import (
+    ENCODER_FILE,
+    Codebook,
+    EncoderSection,
+    Metric,
+    PreprocessSection,
+    check_vacant,
+)
+from geocentroids_tiler.encoder import ChunkLayout, encoder_source, load_encoder
+from geocentroids_tiler.errors import EncoderError, InputError
 
 INSTALL = "pip install 'geocentroids-fit[torch]'"
 
@@ -87,8 +94,7 @@ def run(plan: Plan, say: Callable[[str], None], *, progress: bool = True) -> Res
     Raises:
         GeocentroidsError: if anything is missing or does not fit; the text says what.
     """
-    if plan.out.exists() and (not plan.out.is_dir() or any(plan.out.iterdir())):
-        raise CodebookError(f"{plan.out} exists already; name a new directory or remove it first")
+    check_vacant(plan.out)
     names = list_images(plan.images, plan.exclude)
     with tempfile.TemporaryDirectory() as work:
         onnx_path = Path(work) / ENCODER_FILE
@@ -128,7 +134,7 @@ def _features(
     say(f"features: {len(datasets)} images")
     return extract(
         datasets,
-        load_encoder(_source(section, onnx_path, pre)),
+        load_encoder(encoder_source(section, pre, onnx_path)),
         ChunkLayout(pre.window_patches, pre.margin_patches, pre.stride_patches),
         patch_px=section.patch_px,
         per_image=plan.per_image,
@@ -161,21 +167,4 @@ def _export(encoder: str, destination: Path, preprocess: PreprocessSection) -> E
         patch_px=report.patch_px,
         register_tokens=report.registers,
         sha256=report.sha256,
-    )
-
-
-def _source(section: EncoderSection, onnx_path: Path, preprocess: PreprocessSection) -> EncoderSource:
-    return EncoderSource(
-        onnx_path=onnx_path,
-        model=None,
-        revision=None,
-        architecture=section.architecture,
-        dim=section.dim,
-        patch_px=section.patch_px,
-        register_tokens=section.register_tokens,
-        window_patches=preprocess.window_patches,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        sha256=section.sha256,
-        allow_download=False,
     )

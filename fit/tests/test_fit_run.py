@@ -32,6 +32,7 @@ class MeanEncoder:
     dim = 3
     window_patches = 8
     batch_windows = 2
+    windows_at_once = 4
     info = DeviceInfo("fake", "cpu", "fp32", "none")
 
     def encode(self, windows: np.ndarray) -> list[np.ndarray]:
@@ -258,3 +259,16 @@ def test_debug_shows_the_error(folder: Path, tmp_path: Path) -> None:
         main, ["--debug", "run", str(tmp_path), "--encoder", "x", "--out", str(tmp_path / "o"), "--name", "x"]
     )
     assert isinstance(result.exception, InputError)
+
+
+def test_a_fault_of_ours_is_one_sentence_too(
+    folder: Path, encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("geocentroids_fit.cli.run", fail)
+    arguments = ["run", str(folder), "--encoder", str(encoder_dir), "--out", str(tmp_path / "out"), "--name", "x"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert result.stderr == "Error: unexpected RuntimeError: a fault (geocentroids-fit --debug shows where)\n"

@@ -12,6 +12,7 @@ from geocentroids_tiler.encoder.base import (
     Encoder,
     EncoderSource,
     TokenHandle,
+    encoder_source,
 )
 from geocentroids_tiler.errors import EncoderError
 
@@ -23,6 +24,7 @@ __all__ = [
     "Encoder",
     "EncoderSource",
     "TokenHandle",
+    "encoder_source",
     "load_encoder",
 ]
 

@@ -10,6 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from geocentroids_tiler.codebook import ENCODER_FILE, EncoderSection, PreprocessSection
+from geocentroids_tiler.errors import CodebookError
+from geocentroids_tiler.grid import ChunkIndex
+
 TokenHandle = Any
 """The tokens of one window, wherever the device keeps them. Opaque to everything but its own encoder."""
 
@@ -63,6 +67,37 @@ class EncoderSource:
     std: tuple[float, float, float]
     sha256: str | None
     allow_download: bool
+
+
+def encoder_source(section: EncoderSection, preprocess: PreprocessSection, embedded: Path | None) -> EncoderSource:
+    """Return where the encoder that a manifest describes comes from, and what it has to be.
+
+    Args:
+        section: what the manifest says of the encoder.
+        preprocess: from pixels to windows.
+        embedded: the ``encoder.onnx`` beside the manifest, or None.
+
+    Raises:
+        CodebookError: if the manifest names an embedded encoder and there is none.
+    """
+    named_embedded = section.source == ENCODER_FILE
+    if named_embedded and embedded is None:
+        raise CodebookError(f"the codebook names {ENCODER_FILE} as its encoder, but has none")
+    return EncoderSource(
+        onnx_path=embedded,
+        model=None if named_embedded else section.source,
+        revision=section.revision,
+        architecture=section.architecture,
+        dim=section.dim,
+        patch_px=section.patch_px,
+        register_tokens=section.register_tokens,
+        window_patches=preprocess.window_patches,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        # The digest is of the file that the manifest names; an export of it beside the codebook is another file.
+        sha256=section.sha256 if named_embedded or embedded is None else None,
+        allow_download=False,
+    )
 
 
 class Assigner(Protocol):
@@ -180,6 +215,10 @@ class ChunkLayout:
             for a in range(self.overlap)
             for b in range(self.overlap)
         )
+
+    def windows_of(self, chunk: ChunkIndex) -> list[ChunkIndex]:
+        """Return the windows that cover a chunk, in the order of ``parts``."""
+        return [ChunkIndex(chunk.row + part.d_row, chunk.col + part.d_col) for part in self.parts]
 
     def weights(self) -> NDArray[np.float32]:
         """Return blending weights of shape (n * n, s, s) in the order of ``parts``; they sum to 1 per patch.

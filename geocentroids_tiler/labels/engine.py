@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -55,10 +55,9 @@ class LabelBlock:
 
     def paste(self, index: ChunkIndex, chunk: ChunkLabels) -> None:
         """Write the part of a chunk that lies inside into this block."""
-        s = len(chunk.labels)
-        whole = PatchRange(index.row * s, (index.row + 1) * s, index.col * s, (index.col + 1) * s)
+        whole = index.patches(len(chunk.labels))
         part = whole.intersect(self.patches)
-        target, source = _slices(part, self.patches), _slices(part, whole)
+        target, source = part.within(self.patches), part.within(whole)
         self.labels[target] = chunk.labels[source]
         self.similarity[target] = chunk.similarity[source]
 
@@ -132,9 +131,21 @@ class LabelEngine:
 
         return self._chunks.get(key, start)
 
+    def ahead(
+        self, dataset: Dataset, chunks: Iterable[ChunkIndex], count: int | None = None
+    ) -> Iterator[tuple[ChunkIndex, Future[ChunkLabels]]]:
+        """Yield chunks of a dataset in the order given, up to ``count`` asked for before their turn."""
+        count = CHUNKS_AHEAD if count is None else count
+        waiting: deque[tuple[ChunkIndex, Future[ChunkLabels]]] = deque()
+        for index in chunks:
+            waiting.append((index, self.chunk(dataset, index)))
+            if len(waiting) >= count:
+                yield waiting.popleft()
+        yield from waiting
+
     def stream(self, dataset: Dataset, patches: PatchRange) -> Iterator[tuple[ChunkIndex, ChunkLabels]]:
         """Yield the chunks that hold ``patches``, those outside of the dataset left out, row by row as they come."""
-        for index, future in self._ahead(dataset, patches):
+        for index, future in self.ahead(dataset, self._inside(dataset, patches)):
             yield index, future.result()
 
     def block(self, dataset: Dataset, patches: PatchRange) -> LabelBlock:
@@ -147,7 +158,7 @@ class LabelEngine:
     async def block_async(self, dataset: Dataset, patches: PatchRange) -> LabelBlock:
         """Return the labels of a rectangle of patches without holding a thread."""
         result = LabelBlock.empty(patches)
-        for i, (index, future) in enumerate(self._ahead(dataset, patches)):
+        for i, (index, future) in enumerate(self.ahead(dataset, self._inside(dataset, patches))):
             if not future.done():
                 await asyncio.wrap_future(future)
             elif i % CHUNKS_BEFORE_OTHERS == 0:
@@ -155,14 +166,8 @@ class LabelEngine:
             result.paste(index, future.result())
         return result
 
-    def _ahead(self, dataset: Dataset, patches: PatchRange) -> Iterator[tuple[ChunkIndex, Future[ChunkLabels]]]:
-        """Yield the chunks of ``patches`` inside the dataset in order, asking for those to come in good time."""
-        waiting: deque[tuple[ChunkIndex, Future[ChunkLabels]]] = deque()
-        for index in patches.intersect(dataset.footprint).chunks(self.layout.stride_patches):
-            waiting.append((index, self.chunk(dataset, index)))
-            if len(waiting) >= CHUNKS_AHEAD:
-                yield waiting.popleft()
-        yield from waiting
+    def _inside(self, dataset: Dataset, patches: PatchRange) -> Iterator[ChunkIndex]:
+        return patches.intersect(dataset.footprint).chunks(self.layout.stride_patches)
 
     def _start_chunk(self, dataset: Dataset, index: ChunkIndex, future: Future[ChunkLabels], own: WindowPixels) -> None:
         """With its own window read: finish a chunk without data, or ask for the tokens of all its windows."""
@@ -171,10 +176,7 @@ class LabelEngine:
         if not labelled.any():
             future.set_result(ChunkLabels.empty(s))
             return
-        tokens = [
-            self._window_tokens(dataset, ChunkIndex(index.row + part.d_row, index.col + part.d_col))
-            for part in self.layout.parts
-        ]
+        tokens = [self._window_tokens(dataset, window) for window in self.layout.windows_of(index)]
         when_all(tokens, guard_all(future, partial(self._assign_chunk, labelled, future)))
 
     def _assign_chunk(
@@ -233,10 +235,3 @@ class LabelEngine:
             self._assigner.assign([[handle] * len(self.layout.parts) for handle in tokens])
             best = min(best, (time.perf_counter() - start) / len(windows))
         return best
-
-
-def _slices(part: PatchRange, whole: PatchRange) -> tuple[slice, slice]:
-    return (
-        slice(part.row_start - whole.row_start, part.row_stop - whole.row_start),
-        slice(part.col_start - whole.col_start, part.col_stop - whole.col_start),
-    )

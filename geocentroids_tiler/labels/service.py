@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from cachetools import LRUCache
 
-from geocentroids_tiler.codebook import ENCODER_FILE, Classes, Codebook
-from geocentroids_tiler.encoder import Encoder, EncoderSource, load_encoder
-from geocentroids_tiler.errors import CodebookError
+from geocentroids_tiler.cache import ByteCache
+from geocentroids_tiler.codebook import Classes, Codebook
+from geocentroids_tiler.encoder import Encoder, encoder_source, load_encoder
 from geocentroids_tiler.hub import find_codebook
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.futures import guard, then
@@ -46,43 +46,14 @@ so that a long export holds up no tile."""
 _DatasetKey = tuple[str, ReadOptions, str]
 
 
-def encoder_source(codebook: Codebook) -> EncoderSource:
-    """Return where the encoder of a codebook comes from and what it has to be.
-
-    Raises:
-        CodebookError: if the manifest names an embedded encoder and there is none.
-    """
-    section, pre = codebook.manifest.encoder, codebook.manifest.preprocess
-    embedded = codebook.encoder_path
-    named_embedded = section.source == ENCODER_FILE
-    if named_embedded and embedded is None:
-        raise CodebookError(f"codebook {codebook.name!r} names {ENCODER_FILE} as its encoder, but has none")
-    return EncoderSource(
-        onnx_path=embedded,
-        model=None if named_embedded else section.source,
-        revision=section.revision,
-        architecture=section.architecture,
-        dim=section.dim,
-        patch_px=section.patch_px,
-        register_tokens=section.register_tokens,
-        window_patches=pre.window_patches,
-        mean=pre.mean,
-        std=pre.std,
-        # The digest is of the file that the manifest names; an export of it beside the codebook is another file.
-        sha256=section.sha256 if named_embedded or embedded is None else None,
-        allow_download=False,
-    )
-
-
 def load_codebook_encoder(codebook: Codebook, settings: Settings) -> Encoder:
     """Load the encoder of a codebook.
 
     Raises:
         EncoderError: if it cannot be loaded or run here.
-        CodebookError: if the manifest names an embedded encoder and there is none.
     """
     return load_encoder(
-        encoder_source(codebook),
+        encoder_source(codebook.manifest.encoder, codebook.manifest.preprocess, codebook.encoder_path),
         backend=settings.backend,
         provider=settings.provider,
         device=settings.device,
@@ -104,31 +75,18 @@ class _Opened:
     identity: _Identity
 
 
-class _Datasets:
-    """Datasets that were opened, bounded in bytes, least recently used out first. Safe for threads."""
+class _FreshDatasets:
+    """Those of the datasets in memory whose source was asked not long ago."""
 
-    def __init__(self, fresh: Callable[[_Identity], bool]) -> None:
-        self._lock = threading.Lock()
-        self._fresh = fresh
-        self._cache: LRUCache[_DatasetKey, _Opened] = LRUCache(
-            DATASET_CACHE_BYTES, getsizeof=lambda opened: _dataset_bytes(opened.dataset)
-        )
+    def __init__(self, opened: ByteCache[_DatasetKey, _Opened], is_fresh: Callable[[_Identity], bool]) -> None:
+        self._opened = opened
+        self._is_fresh = is_fresh
+        self.put = opened.put
 
     def get(self, key: _DatasetKey) -> _Opened | None:
         """Return a dataset whose source was asked not long ago, or None."""
-        known = self.known(key)
-        return known if known is not None and self._fresh(known.identity) else None
-
-    def known(self, key: _DatasetKey) -> _Opened | None:
-        """Return a dataset whenever its source was asked, or None."""
-        with self._lock:
-            return self._cache.get(key)
-
-    def put(self, key: _DatasetKey, opened: _Opened) -> None:
-        """Keep a dataset, unless it is larger than the whole cache."""
-        with self._lock:
-            if _dataset_bytes(opened.dataset) <= self._cache.maxsize:
-                self._cache[key] = opened
+        known = self._opened.get(key)
+        return known if known is not None and self._is_fresh(known.identity) else None
 
 
 class Service:
@@ -153,8 +111,10 @@ class Service:
         self._codebooks: dict[str, Codebook] = {}
         self._classes: LRUCache[tuple[str, int | None], Classes] = LRUCache(MAX_CUTS)
         self._engines: dict[str, Future[LabelEngine]] = {}
-        self._datasets = _Datasets(self._is_fresh)
-        self._opened: Once[_DatasetKey, _Opened] = Once(self._datasets)
+        self._datasets: ByteCache[_DatasetKey, _Opened] = ByteCache(
+            DATASET_CACHE_BYTES, lambda opened: _dataset_bytes(opened.dataset)
+        )
+        self._opened: Once[_DatasetKey, _Opened] = Once(_FreshDatasets(self._datasets, self._is_fresh))
         self._identities: LRUCache[str, _Identity] = LRUCache(MAX_SOURCES)
         self.store = LabelStore(settings.label_cache_bytes)
         self._opening = ThreadPoolExecutor(OPEN_THREADS, "geocentroids-open")
@@ -250,7 +210,7 @@ class Service:
 
         def open_or_confirm() -> _Opened:
             identity = self._identity(source)
-            known = self._datasets.known(key)
+            known = self._datasets.get(key)
             if known is not None and known.identity.text == identity.text:
                 return _Opened(known.dataset, identity)
             timeout_s = self.settings.source_timeout_s

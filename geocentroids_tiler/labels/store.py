@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 import numpy as np
-from cachetools import LRUCache
 from numpy.typing import NDArray
 
+from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import NODATA_LABEL
 from geocentroids_tiler.source import ReadOptions
 
@@ -63,26 +62,8 @@ class ChunkLabels:
         return self.labels.nbytes + self.similarity.nbytes + _ENTRY_OVERHEAD_BYTES
 
 
-class LabelStore:
-    """A cache of chunk labels in memory, bounded in bytes, least recently used out first. Safe for threads."""
+class LabelStore(ByteCache[ChunkKey, ChunkLabels]):
+    """Labels of chunks in memory."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._lock = threading.Lock()
-        self._cache: LRUCache[ChunkKey, ChunkLabels] = LRUCache(max_bytes, getsizeof=lambda chunk: chunk.nbytes)
-
-    def get(self, key: ChunkKey) -> ChunkLabels | None:
-        """Return the labels of a chunk, or None if they are not kept."""
-        with self._lock:
-            return self._cache.get(key)
-
-    def put(self, key: ChunkKey, chunk: ChunkLabels) -> None:
-        """Keep the labels of a chunk; one that is larger than the whole cache is not kept."""
-        with self._lock:
-            if chunk.nbytes <= self._cache.maxsize:
-                self._cache[key] = chunk
-
-    @property
-    def nbytes(self) -> int:
-        """Memory taken."""
-        with self._lock:
-            return int(self._cache.currsize)
+        super().__init__(max_bytes, lambda chunk: chunk.nbytes)

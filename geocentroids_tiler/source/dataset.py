@@ -28,6 +28,7 @@ from geocentroids_tiler.grid import (
     geographic_bounds,
     ground_grid,
     ground_gsd,
+    horizontal,
     outline,
 )
 from geocentroids_tiler.source.collar import MAX_CELLS, Collar, find_collars
@@ -280,7 +281,7 @@ def _crs_of(raster: Any) -> CRS:
         crs = CRS.from_wkt(raster.crs.to_wkt())
     except CRSError as error:
         raise UnsupportedImageError(f"the image's coordinate reference system is not usable: {error}") from error
-    return crs.sub_crs_list[0] if crs.is_compound else crs
+    return horizontal(crs)
 
 
 def _rgb_indexes(raster: Any, options: ReadOptions) -> tuple[int, int, int]:

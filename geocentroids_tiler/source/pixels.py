@@ -56,6 +56,8 @@ def read_windows(dataset: Dataset, windows: Sequence[ChunkIndex], patch_px: int)
     Raises:
         SourceUnavailableError: if the file cannot be read.
     """
+    if not windows:
+        return []
     with open_raster(dataset.source, dataset.identity, dataset.overview, dataset.timeout_s) as raster:
         if not dataset.warped:
             return [_window(dataset, index, patch_px, raster, _read_direct) for index in windows]
@@ -121,10 +123,7 @@ def _read_padded(raster: Any, dataset: Dataset, wanted: PatchRange) -> tuple[NDA
     rows, cols = inside.shape
     window = Window(inside.col_start, inside.row_start, cols, rows)
     part = raster.read(dataset.indexes, window=window)  # (3, rows, cols)
-    at = np.s_[
-        inside.row_start - wanted.row_start : inside.row_stop - wanted.row_start,
-        inside.col_start - wanted.col_start : inside.col_stop - wanted.col_start,
-    ]
+    at = inside.within(wanted)
     pixels[at] = to_uint8(part, dataset.options.rescale).transpose(1, 2, 0)
     valid[at] = _validity(raster, dataset, window, part)
     return pixels, valid
