@@ -161,7 +161,7 @@ def _open(
     """Open a URL, or a file wherever it is: on the command line the user is the operator."""
     from geocentroids_tiler.labels.service import Service
 
-    options = _read_options(bidx, rescale)
+    options = read_options(bidx, rescale)
     local = Path(src)
     is_url = src.lower().startswith(("http:", "https:"))
     settings = (
@@ -177,7 +177,12 @@ def _open(
         raise
 
 
-def _read_options(bidx: str | None, rescale: str | None) -> ReadOptions:
+def read_options(bidx: str | None, rescale: str | None) -> ReadOptions:
+    """Read what ``--bidx`` and ``--rescale`` say.
+
+    Raises:
+        InputError: if they are not three band numbers and two values.
+    """
     from geocentroids_tiler.params import parse_bidx, parse_rescale
     from geocentroids_tiler.source import ReadOptions
 

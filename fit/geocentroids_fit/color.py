@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from openTSNE import TSNE
+from openTSNE.initialization import rescale
 from scipy.spatial import cKDTree
-from scipy.spatial.distance import pdist, squareform
+from scipy.spatial.distance import cdist, pdist
 from scipy.spatial.transform import Rotation
 from scipy.stats import rankdata
+from sklearn.neighbors import NearestNeighbors
 
 from geocentroids_tiler.colors import oklab_to_linear, oklab_to_srgb, srgb_to_oklab
 from geocentroids_tiler.errors import InputError
@@ -25,14 +27,14 @@ LIGHTNESS = (0.36, 0.92)
 """OKLab lightness that colours keep to: black and white mean no data."""
 MIDDLE = np.array([0.67, 0.0, 0.02])
 """Where the cloud's centre goes: around there the gamut is widest."""
-KNEE = 0.75
+KNEE = 0.9
 """Share of the room along lightness and chroma that is left as it is; beyond, colours are pressed together softly."""
 NEIGHBOURS = 15
-ROTATIONS = 96
+ROTATIONS = 48
 """Orientations of the cloud that are tried, each also mirrored."""
 RADII = (0.14, 0.17, 0.20, 0.24, 0.28)
 """Radius (90th percentile) of the cloud in OKLab that are tried."""
-NEIGHBOURS_WEIGHT = 2.0
+NEIGHBOURS_WEIGHT = 6.0
 """What keeping all neighbours is worth, in units of correlation."""
 SPREAD_WEIGHT = 1.0
 """What 1 of mean colour difference (OKLab) is worth, likewise."""
@@ -69,17 +71,50 @@ class Coloring:
         colors: of shape (K, 3), uint8.
         score: of these colours.
         stretch: of the plain mapping that stretches each axis of the same cloud to 0..255 in RGB.
+        cloud: the t-SNE coordinates, of shape (K, 3), float64; zeros where there are too few centroids for one.
     """
 
     colors: NDArray[np.uint8]
     score: ColorScore
     stretch: ColorScore
+    cloud: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Colours of earlier centroids, for those that are like them.
+
+    Attributes:
+        colors: sRGB colour of the earlier centroid most like each, of shape (K, 3), uint8.
+        closeness: how like it is, of shape (K,): 1 for the same, towards 0 for one beyond its neighbourhood.
+    """
+
+    colors: NDArray[np.uint8]
+    closeness: NDArray[np.float64]
+
+
+def anchor_to(
+    centroids: NDArray[np.floating[Any]], earlier: NDArray[np.floating[Any]], colors: NDArray[np.uint8]
+) -> Anchor:
+    """Find for each centroid the earlier one most like it.
+
+    Args:
+        centroids: of shape (K, D).
+        earlier: of shape (E, D), from the same encoder.
+        colors: of the earlier ones, of shape (E, 3), uint8.
+    """
+    old = np.asarray(earlier, np.float64)
+    distance, nearest = NearestNeighbors(n_neighbors=1).fit(old).kneighbors(np.asarray(centroids, np.float64))
+    others = NearestNeighbors(n_neighbors=min(2, len(old))).fit(old).kneighbors(old)[0][:, -1]
+    neighbourhood = max(float(np.median(others)), 1e-12)
+    return Anchor(colors[nearest[:, 0]], np.exp(-np.square(distance[:, 0] / neighbourhood)))
 
 
 def color_centroids(
     vectors: NDArray[np.floating[Any]],
     *,
     natural: NDArray[np.floating[Any]] | None = None,
+    anchor: Anchor | None = None,
     seed: int = 0,
 ) -> Coloring:
     """Choose a colour for each centroid: like colours for like centroids.
@@ -88,6 +123,7 @@ def color_centroids(
         vectors: what centroids are compared by, of shape (K, D).
         natural: mean sRGB colour of what each stands for, of shape (K, 3), 0 to 255. Of all orientations of the cloud
             that show likeness about equally well, one that leans to these colours is taken. None: any.
+        anchor: colours that centroids keep, the more the closer they are to the earlier ones. None: a fresh start.
         seed: of t-SNE and of the search.
 
     Returns:
@@ -97,21 +133,26 @@ def color_centroids(
     if len(np.unique(points, axis=0)) < LEAST_CENTROIDS:
         colors = _hue_circle(len(points))
         none = ColorScore(0.0, 0.0, 0.0)
-        return Coloring(colors, none, none)
-    cloud = embed(points, seed)
-    target = None if natural is None else srgb_to_oklab(natural)
-    colors = oklab_to_srgb(fit_gamut(cloud, points, natural=target, seed=seed))
-    return Coloring(colors, score_colors(points, colors), score_colors(points, stretch_axes(cloud)))
+        return Coloring(colors, none, none, np.zeros((len(points), 3)))
+    if anchor is not None:
+        kept = srgb_to_oklab(anchor.colors)
+        cloud = embed(points, seed, start=kept)
+        colors = oklab_to_srgb(fit_anchor(cloud, kept, anchor.closeness))
+    else:
+        cloud = embed(points, seed)
+        target = None if natural is None else srgb_to_oklab(natural)
+        colors = oklab_to_srgb(fit_gamut(cloud, points, natural=target, seed=seed))
+    return Coloring(colors, score_colors(points, colors), score_colors(points, stretch_axes(cloud)), cloud)
 
 
-def embed(points: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Return t-SNE coordinates of points (K, D), of shape (K, 3)."""
+def embed(points: NDArray[np.float64], seed: int, start: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """Return t-SNE coordinates of points (K, D), of shape (K, 3); from ``start`` (K, 3), or by PCA."""
     if len(points) < LEAST_CENTROIDS:
         raise InputError(f"t-SNE of {len(points)} centroids; at least {LEAST_CENTROIDS} are needed")
     model = TSNE(
         n_components=3,
         perplexity=min(30.0, (len(points) - 1) / 3),
-        initialization="pca",
+        initialization="pca" if start is None else rescale(start),
         negative_gradient_method="bh",
         neighbors="exact",
         n_jobs=1,  # sums of several threads come in any order
@@ -141,17 +182,44 @@ def fit_gamut(
     base = _standardise(cloud)
     rng = np.random.default_rng(seed)
     sample = np.sort(rng.choice(len(base), min(SEARCH_SAMPLE, len(base)), replace=False))
-    rank = _standard(rankdata(pdist(points[sample])))
-    near = _nearest_of(squareform(pdist(points[sample])))
+    target = _Target(
+        sample=sample,
+        rank=_standard(rankdata(pdist(points[sample]))),
+        near=np.argsort(cdist(points[sample], points), axis=1, kind="stable")[:, 1 : NEIGHBOURS + 1],
+        natural=natural,
+    )
     best, best_value = base, -np.inf
     for turn in _turns(base, natural, rng):
-        turned = base[sample] @ turn.T
+        turned = base @ turn.T
         for radius in RADII:
             lab = _into_gamut(MIDDLE + radius * turned)
-            value = _value(lab, rank, near, None if natural is None else natural[sample])
-            if value > best_value:
-                best, best_value = radius * (base @ turn.T), value
-    return _into_gamut(MIDDLE + best)
+            if (value := _value(lab, target)) > best_value:
+                best, best_value = lab, value
+    return best
+
+
+def fit_anchor(
+    cloud: NDArray[np.float64], kept: NDArray[np.float64], closeness: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Lay a cloud on colours that are to be kept, by the turn, scale and shift that bring close points nearest.
+
+    Args:
+        cloud: of shape (K, 3).
+        kept: OKLab colours to keep, of shape (K, 3).
+        closeness: how much each is to be kept, 0 to 1, of shape (K,).
+
+    Returns:
+        OKLab colours inside sRGB and inside ``LIGHTNESS`` where they are not kept, of shape (K, 3).
+
+    Source: Schönemann, "A generalized solution of the orthogonal Procrustes problem", 1966, with weights and scale.
+    """
+    weight = np.maximum(closeness, 1e-3)[:, None]
+    middle, aim = (weight * cloud).sum(axis=0) / weight.sum(), (weight * kept).sum(axis=0) / weight.sum()
+    moved = cloud - middle
+    u, stretch, v = np.linalg.svd((weight * (kept - aim)).T @ moved)
+    scale = stretch.sum() / max(float((weight * np.square(moved)).sum()), 1e-12)
+    share = closeness[:, None]
+    return share * kept + (1 - share) * _into_gamut(aim + scale * moved @ (u @ v).T)
 
 
 def stretch_axes(cloud: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -205,19 +273,35 @@ def _relative(lab: NDArray[np.float64]) -> NDArray[np.float64]:
     return relative
 
 
-def _value(
-    lab: NDArray[np.float64],
-    rank: NDArray[np.float64],
-    near: NDArray[np.bool_],
-    natural: NDArray[np.float64] | None,
-) -> float:
-    """Return how good candidate colours (n, 3) are; ``rank`` and ``near`` are those of the features."""
-    difference = pdist(lab)
-    value = float(np.mean(rank * _standard(rankdata(difference))))
-    value += NEIGHBOURS_WEIGHT * float((_nearest_of(squareform(difference)) & near).sum() / near.sum())
+@dataclass(frozen=True)
+class _Target:
+    """What candidate colours are compared with.
+
+    Attributes:
+        sample: centroids that are looked at, of shape (n,).
+        rank: standardised ranks of the distances between their features, of shape (n * (n - 1) / 2,).
+        near: nearest of all centroids to each, of shape (n, k).
+        natural: natural colours of all centroids in OKLab, of shape (K, 3), or None.
+    """
+
+    sample: NDArray[np.int64]
+    rank: NDArray[np.float64]
+    near: NDArray[np.int64]
+    natural: NDArray[np.float64] | None
+
+
+def _value(lab: NDArray[np.float64], target: _Target) -> float:
+    """Return how good candidate colours (K, 3) are, as bytes show them."""
+    shown = srgb_to_oklab(oklab_to_srgb(lab))
+    own = shown[target.sample]
+    difference = pdist(own)
+    value = float(np.mean(target.rank * _standard(rankdata(difference))))
+    k = target.near.shape[1]
+    near = cKDTree(shown).query(own, k + 1)[1][:, 1:]
+    value += NEIGHBOURS_WEIGHT * float((near[:, :, None] == target.near[:, None, :]).sum()) / near.size
     value += SPREAD_WEIGHT * float(difference.mean())
-    if natural is not None:
-        a, b = _relative(natural), _relative(lab)
+    if target.natural is not None:
+        a, b = _relative(target.natural[target.sample]), _relative(own)
         length = float(np.linalg.norm(a) * np.linalg.norm(b))
         value += NATURAL_WEIGHT * float((a * b).sum()) / max(length, 1e-12)
     return value
@@ -228,16 +312,6 @@ def _standard(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     deviation = float(values.std())
     standard: NDArray[np.float64] = (values - values.mean()) / (deviation if deviation > 0 else 1.0)
     return standard
-
-
-def _nearest_of(distances: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Mark in each row of square distances (n, n) the nearest others."""
-    k = min(NEIGHBOURS, len(distances) - 1)
-    apart = distances.copy()
-    np.fill_diagonal(apart, np.inf)
-    near = np.zeros(apart.shape, bool)
-    np.put_along_axis(near, np.argpartition(apart, k - 1, axis=1)[:, :k], True, axis=1)
-    return near
 
 
 def _into_gamut(lab: NDArray[np.float64]) -> NDArray[np.float64]:

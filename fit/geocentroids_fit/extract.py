@@ -1,190 +1,156 @@
-"""From a folder of images to features: the tokens of labelled patches, exactly as serving computes them."""
+"""From images to features: the tokens of labelled patches, exactly as serving computes them, a shard per image.
+
+Windows are read by threads ahead of the encoder, and blended and sampled behind it, so that the device stays busy.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import numpy as np
 from cachetools import LRUCache
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from geocentroids_fit.files import read_json, write_json
+from geocentroids_fit.images import ImageFolder, ahead
+from geocentroids_fit.sampling import Sample, chunks_of_sample
+from geocentroids_fit.shards import (
+    MANIFEST_FILE,
+    SHARDS_DIR,
+    FeatureManifest,
+    Features,
+    FeatureSettings,
+    FeatureStore,
+    ShardRecord,
+    SkippedImage,
+    finished_shard,
+    write_shard,
+)
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.encoder import ChunkLayout, Encoder, TokenHandle
-from geocentroids_tiler.errors import InputError, UnsupportedImageError
-from geocentroids_tiler.grid import ChunkIndex, PatchRange
-from geocentroids_tiler.source import (
-    Dataset,
-    ReadOptions,
-    WindowPixels,
-    open_dataset,
-    read_windows,
-    resolve_source,
-    source_identity,
-)
+from geocentroids_tiler.errors import GeocentroidsError, InputError
+from geocentroids_tiler.grid import ChunkIndex
+from geocentroids_tiler.source import Dataset, WindowPixels, read_windows
 
-SUFFIXES = (".tif", ".tiff")
-TIMEOUT_S = 10.0
-"""Longest wait for an answer of a source; local files answer at once."""
+S = TypeVar("S", bound=np.generic)
+
+SETTINGS_FILE = "settings.json"
 CHUNKS_PER_BATCH = 16
 """Chunks whose windows are read through one opening of a file."""
+OPEN_AHEAD = 4
+"""Images opened before their turn."""
 TOKEN_CACHE_BYTES = 256 * 2**20
 """Windows kept because their neighbours' chunks need them too: two rows of windows of a wide image."""
-SPREAD = 4
-"""Patches looked at for each one that is kept: neighbours are alike, so a thin sample of much ground says more."""
+BATCHES_BEHIND = 4
+"""Batches that may wait to be blended and sampled."""
 
 
 @dataclass(frozen=True)
-class Features:
-    """Tokens and where they come from.
+class Extraction:
+    """What an extraction made.
 
     Attributes:
-        tokens: blended tokens, of shape (N, D), float16.
-        rgb: mean colour of each patch, of shape (N, 3), uint8.
-        image: number of each patch's image, of shape (N,), int32.
-        row: its row on the image's ground grid, of shape (N,), int64.
-        col: its column, of shape (N,), int64.
-        images: names of the images, relative to the folder.
+        store: the features.
+        reused: images whose features were there already.
+        busy: share of the time, from the first window on, that the encoder was running; 0 if it did not run.
+        features_per_s: features computed in a second of that time.
     """
 
-    tokens: NDArray[np.float16]
-    rgb: NDArray[np.uint8]
-    image: NDArray[np.int32]
-    row: NDArray[np.int64]
-    col: NDArray[np.int64]
-    images: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
+    store: FeatureStore
+    reused: int
+    busy: float
+    features_per_s: float
 
 
 @dataclass(frozen=True)
-class _Window:
-    """What is kept of an encoded window."""
+class _Image:
+    number: int
+    name: str
+    dataset: Dataset
+    chunks: list[ChunkIndex]
+    sample: Sample
 
-    tokens: TokenHandle
+
+@dataclass(frozen=True)
+class _Batch:
+    """Chunks of one image; ``start`` is the number of the first among the image's."""
+
+    image: _Image
+    start: int
+    chunks: list[ChunkIndex]
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.chunks)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A chunk ready to be blended."""
+
+    chunk: int
+    index: ChunkIndex
     labelled: NDArray[np.bool_]
     rgb: NDArray[np.uint8]
-
-
-def list_images(folder: Path, exclude: Sequence[str] = ()) -> list[str]:
-    """Return the GeoTIFFs below a folder, as sorted paths relative to it.
-
-    Args:
-        folder: where to look, at any depth.
-        exclude: patterns such as ``*/mask/*``; a path that matches one is left out.
-
-    Raises:
-        InputError: if there is no such folder or no image is left.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name a folder of GeoTIFFs")
-    found = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
-    kept = [name for name in found if not any(fnmatch(name, pattern) for pattern in exclude)]
-    if not kept:
-        left_out = f" that --exclude does not leave out (it leaves out all {len(found)})" if found else ""
-        raise InputError(f"{folder} holds no GeoTIFF (*.tif, *.tiff){left_out}")
-    return kept
-
-
-def open_images(folder: Path, names: Sequence[str], codebook: Codebook) -> list[Dataset]:
-    """Open images of a folder as serving would with a codebook.
-
-    Raises:
-        SourceUnavailableError: if one cannot be read.
-        UnsupportedImageError: if one is not an image that the codebook could classify.
-    """
-    datasets = []
-    for name in names:
-        try:
-            source = resolve_source(name, folder)
-            identity = source_identity(source, TIMEOUT_S)
-            datasets.append(open_dataset(source, identity, ReadOptions(), codebook, TIMEOUT_S))
-        except UnsupportedImageError as error:
-            raise UnsupportedImageError(f"{name}: {error}; leave it out with --exclude") from error
-    return datasets
+    tokens: list[TokenHandle]
 
 
 def extract(
-    datasets: Sequence[Dataset],
+    images: ImageFolder,
     encoder: Encoder,
-    layout: ChunkLayout,
+    codebook: Codebook,
+    settings: FeatureSettings,
+    out: Path,
     *,
-    patch_px: int,
-    per_image: int,
-    seed: int,
+    readers: int = 2,
     progress: bool = True,
-) -> Features:
-    """Sample patches of images and compute their tokens as serving does: windows, blending, the same no data.
+) -> Extraction:
+    """Compute features of images and write them to a directory, a shard for each image.
+
+    Shards that are there already and were made of the same image are kept, so a run that was ended at any moment goes
+    on where it stopped and comes to the same files. An image that cannot be used is left out, and the manifest says
+    why.
 
     Args:
-        datasets: the images.
-        encoder: computes the tokens.
-        layout: how windows cover chunks.
-        patch_px: pixels a side of a patch.
-        per_image: the most patches that one image may give.
-        seed: of the sample. It gives the same patches whatever other images there are.
+        images: what to sample.
+        encoder: computes tokens.
+        codebook: how images are opened and windows are laid; its centroids do not matter.
+        settings: what the features depend on; kept in the manifest.
+        out: the directory.
+        readers: threads that read.
         progress: whether a progress bar is drawn.
 
     Raises:
-        InputError: if no patch has data.
-        SourceUnavailableError: if an image cannot be read.
+        InputError: if ``out`` holds features of other settings, no patch has data, or there is no room.
     """
-    wanted = SPREAD * -(-per_image // layout.stride_patches**2)
-    plans = []
-    for dataset in datasets:
-        rng = np.random.default_rng([seed, *dataset.source.url.encode()])
-        plans.append((dataset, spread_chunks(dataset.footprint, layout.stride_patches, wanted, rng), rng))
-    parts = []
-    with tqdm(total=sum(len(chunks) for _, chunks, _ in plans), unit="chunk", disable=not progress) as bar:
-        for number, (dataset, chunks, rng) in enumerate(plans):
-            bar.set_postfix_str(dataset.source.url[-24:], refresh=False)
-            whole = _join(
-                list(_chunk_features(dataset, chunks, encoder, layout, patch_px, number, bar.update)), encoder.dim
-            )
-            if len(whole) > per_image:
-                whole = _take(whole, np.sort(rng.choice(len(whole), per_image, replace=False)))
-            parts.append(whole)
-    features = _join(parts, encoder.dim, tuple(dataset.source.url for dataset in datasets))
-    if not len(features):
-        raise InputError("no patch of the images has data; there is nothing to fit")
-    return features
-
-
-def spread_chunks(patches: PatchRange, stride_patches: int, wanted: int, rng: np.random.Generator) -> list[ChunkIndex]:
-    """Choose chunks spread evenly over a range of patches: one at random in each cell of a lattice.
-
-    Args:
-        patches: where.
-        stride_patches: patches a side of a chunk.
-        wanted: about how many; all are taken where there are no more.
-        rng: chooses.
-
-    Returns:
-        Chunks row by row.
-    """
-    area = patches.chunk_range(stride_patches)
-    rows, cols = area.shape
-    if rows * cols <= wanted:
-        return list(patches.chunks(stride_patches))
-    step = math.sqrt(rows * cols / max(1, wanted))
-    row_edges = _edges(rows, step)
-    col_edges = _edges(cols, step)
-    chosen = [
-        ChunkIndex(area.row_start + int(rng.integers(top, bottom)), area.col_start + int(rng.integers(left, right)))
-        for top, bottom in pairwise(row_edges)
-        for left, right in pairwise(col_edges)
-    ]
-    return sorted(chosen)
+    _check_settings(out, settings)
+    run = _Run(images, encoder, codebook, settings, out / SHARDS_DIR)
+    with (
+        ThreadPoolExecutor(readers, "geocentroids-read") as pool,
+        ThreadPoolExecutor(1, "geocentroids-blend") as behind,
+    ):
+        reused = run.find_finished(pool)
+        with tqdm(total=run.expected, unit="feature", disable=not progress, smoothing=0.1) as bar:
+            run.all(pool, behind, readers, bar)
+    records = tuple(run.records[name] for name in images.names if name in run.records)
+    skipped = tuple(SkippedImage(image=name, reason=run.skipped[name]) for name in images.names if name in run.skipped)
+    manifest = FeatureManifest(settings=settings, images=records, skipped=skipped)
+    store = FeatureStore(out, manifest)
+    if not len(store):
+        reasons = "; ".join(f"{image.image}: {image.reason}" for image in skipped[:3])
+        raise InputError(
+            f"no patch of the {len(images.names)} images has data; there is nothing to fit"
+            + (f" ({reasons})" if reasons else "")
+        )
+    write_json(out / MANIFEST_FILE, manifest.model_dump(mode="json"))
+    return Extraction(store, reused, run.busy, run.features_per_s)
 
 
 def blend(tokens: Sequence[NDArray[np.float32]], layout: ChunkLayout) -> NDArray[np.float32]:
@@ -205,70 +171,195 @@ def blend(tokens: Sequence[NDArray[np.float32]], layout: ChunkLayout) -> NDArray
     return total
 
 
-def _edges(length: int, step: float) -> list[int]:
-    cells = max(1, min(length, round(length / step)))
-    return [round(i * length / cells) for i in range(cells + 1)]
+class _Run:
+    """State of one extraction: what is finished, what failed, and the image that is being sampled."""
 
+    def __init__(
+        self, images: ImageFolder, encoder: Encoder, codebook: Codebook, settings: FeatureSettings, shards: Path
+    ) -> None:
+        pre = settings.preprocess
+        self._images, self._encoder, self._codebook, self._settings = images, encoder, codebook, settings
+        self._shards = shards
+        self._layout = ChunkLayout(pre.window_patches, pre.margin_patches, pre.stride_patches)
+        self.records: dict[str, ShardRecord] = {}
+        self.skipped: dict[str, str] = {}
+        self._pending: list[str] = []
+        self._encoding_s = self._began = self._ended = 0.0
+        self._computed = 0
 
-def _chunk_features(
-    dataset: Dataset,
-    chunks: Sequence[ChunkIndex],
-    encoder: Encoder,
-    layout: ChunkLayout,
-    patch_px: int,
-    number: int,
-    done: Callable[[int], object],
-) -> Iterator[Features]:
-    """Yield the features of the labelled patches of each chunk that has any; ``done`` is told how many are through."""
-    s, m = layout.stride_patches, layout.margin_patches
-    own = np.s_[m : m + s, m : m + s]
-    kept: LRUCache[ChunkIndex, _Window] = LRUCache(
-        max(4 * CHUNKS_PER_BATCH * len(layout.parts), TOKEN_CACHE_BYTES // encoder.token_bytes())
-    )
-    for start in range(0, len(chunks), CHUNKS_PER_BATCH):
-        batch = chunks[start : start + CHUNKS_PER_BATCH]
-        fresh = [index for index in batch if index not in kept]
-        read = dict(zip(fresh, read_windows(dataset, fresh, patch_px), strict=True))
-        labelled = {index: (read[index] if index in read else kept[index]).labelled[own] for index in batch}
-        looked_at = len(batch)
-        batch = [index for index in batch if labelled[index].any()]
-        needed = {index: layout.windows_of(index) for index in batch}
-        _encode_missing(dataset, [w for windows in needed.values() for w in windows], read, kept, encoder, patch_px)
-        for index in batch:
-            tokens = blend([encoder.fetch(kept[window].tokens) for window in needed[index]], layout)
-            row, col = np.nonzero(labelled[index])
-            yield Features(
-                tokens=tokens[row, col].astype(np.float16),
-                rgb=kept[index].rgb[own][row, col],
-                image=np.full(len(row), number, np.int32),
-                row=index.row * s + row,
-                col=index.col * s + col,
-                images=(),
+    @property
+    def expected(self) -> int:
+        """Features still to compute, if every image has as many as it may give."""
+        return len(self._pending) * self._settings.per_image
+
+    @property
+    def busy(self) -> float:
+        return self._encoding_s / max(self._ended - self._began, 1e-9)
+
+    @property
+    def features_per_s(self) -> float:
+        return self._computed / max(self._ended - self._began, 1e-9)
+
+    def find_finished(self, pool: ThreadPoolExecutor) -> int:
+        """Sort images into those with a shard, those that are not there, and those to do; return how many have one."""
+        for name, found in ahead(pool, self._finished, self._images.names, 64):
+            try:
+                record = found.result()
+            except GeocentroidsError as error:
+                self.skipped[name] = str(error)
+                continue
+            if record is None:
+                self._pending.append(name)
+            else:
+                self.records[name] = record
+        return len(self.records)
+
+    def all(self, pool: ThreadPoolExecutor, behind: ThreadPoolExecutor, readers: int, bar: tqdm[NoReturn]) -> None:
+        """Compute the features of all images to do."""
+        finishing: deque[Future[None]] = deque()
+        tokens: LRUCache[tuple[int, ChunkIndex], TokenHandle] = LRUCache(
+            max(2 * CHUNKS_PER_BATCH * len(self._layout.parts), TOKEN_CACHE_BYTES // self._encoder.token_bytes())
+        )
+        for batch, read in ahead(pool, self._read, self._batches(pool), readers + 1):
+            name = batch.image.name
+            if name in self.skipped:
+                continue
+            try:
+                windows = read.result()
+            except GeocentroidsError as error:  # the image is broken somewhere in its middle
+                self.skipped[name] = str(error)
+                finishing.append(behind.submit(self._account, bar, -self._share(batch.image, batch.start), True))
+                continue
+            self._began = self._began or time.perf_counter()
+            work = self._encode(batch, windows, tokens)
+            finishing.append(behind.submit(self._finish, batch, work, bar))
+            while len(finishing) > BATCHES_BEHIND or (finishing and finishing[0].done()):
+                finishing.popleft().result()
+        for future in finishing:
+            future.result()
+        self._ended = time.perf_counter()
+
+    def _finished(self, name: str) -> ShardRecord | None:
+        return finished_shard(self._shards, name, self._images.identity(name))
+
+    def _batches(self, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+        """Yield the chunks to look at, image by image; images are opened ahead."""
+        s = self._layout.stride_patches
+        for number, (name, opened) in enumerate(ahead(pool, self._open, self._pending, OPEN_AHEAD)):
+            try:
+                dataset = opened.result()
+            except GeocentroidsError as error:
+                self.skipped[name] = str(error)
+                continue
+            settings = self._settings
+            chunks = chunks_of_sample(dataset.footprint, s, settings.per_image, name, settings.seed)
+            sample = Sample(name, settings.seed, settings.per_image, self._encoder.dim)
+            image = _Image(number, name, dataset, chunks, sample)
+            for start in range(0, len(chunks), CHUNKS_PER_BATCH):
+                yield _Batch(image, start, chunks[start : start + CHUNKS_PER_BATCH])
+
+    def _open(self, name: str) -> Dataset:
+        return self._images.open(name, self._codebook)
+
+    def _read(self, batch: _Batch) -> dict[ChunkIndex, WindowPixels]:
+        """Read the own windows of chunks, and of those that have data the others that cover them."""
+        dataset, patch_px = batch.image.dataset, self._settings.encoder.patch_px
+        read = dict(zip(batch.chunks, read_windows(dataset, batch.chunks, patch_px), strict=True))
+        needed = dict.fromkeys(
+            window
+            for chunk in batch.chunks
+            if self._own(read[chunk].labelled).any()
+            for window in self._layout.windows_of(chunk)
+        )
+        others = [window for window in needed if window not in read]
+        return read | dict(zip(others, read_windows(dataset, others, patch_px), strict=True))
+
+    def _own(self, of_window: NDArray[S]) -> NDArray[S]:
+        """Return the part of a window's array (P, P, ...) that is its own chunk's."""
+        s, m = self._layout.stride_patches, self._layout.margin_patches
+        return of_window[m : m + s, m : m + s]
+
+    def _encode(
+        self,
+        batch: _Batch,
+        windows: dict[ChunkIndex, WindowPixels],
+        tokens: LRUCache[tuple[int, ChunkIndex], TokenHandle],
+    ) -> list[_Work]:
+        """Encode the windows whose tokens are not kept, and gather those of each chunk that has data."""
+        image = batch.image.number
+        useful = [i for i, chunk in enumerate(batch.chunks) if self._own(windows[chunk].labelled).any()]
+        needed = {i: self._layout.windows_of(batch.chunks[i]) for i in useful}
+        wanted = dict.fromkeys(window for i in useful for window in needed[i])
+        missing = [window for window in wanted if tokens.get((image, window)) is None]  # get: used now, so kept longest
+        size = self._encoder.windows_at_once
+        start = time.perf_counter()
+        for at in range(0, len(missing), size):
+            part = missing[at : at + size]
+            handles = self._encoder.encode(np.stack([windows[window].pixels for window in part]))
+            tokens.update({(image, window): handle for window, handle in zip(part, handles, strict=True)})
+        self._encoding_s += time.perf_counter() - start
+        patch_px = self._settings.encoder.patch_px
+        return [
+            _Work(
+                chunk=batch.start + i,
+                index=batch.chunks[i],
+                labelled=self._own(windows[batch.chunks[i]].labelled),
+                rgb=self._own(_patch_colors(windows[batch.chunks[i]].pixels, patch_px)),
+                tokens=[tokens[image, window] for window in needed[i]],
             )
-        done(looked_at)
+            for i in useful
+        ]
+
+    def _finish(self, batch: _Batch, work: list[_Work], bar: tqdm[NoReturn]) -> None:
+        """Blend and sample a batch; with an image's last one, write its shard."""
+        s, image = self._layout.stride_patches, batch.image
+        for item in work:
+            blended = blend([self._encoder.fetch(handle) for handle in item.tokens], self._layout)
+            row, col = np.nonzero(item.labelled)
+            with np.errstate(over="ignore"):  # what overflows is caught as not finite
+                tokens = blended[row, col].astype(np.float16)
+            if not np.isfinite(tokens).all():
+                raise InputError(
+                    f"{image.name}: the encoder gives tokens that are not finite numbers of 16 bits; "
+                    "check the encoder, or leave the image out"
+                )
+            offered = Features(
+                tokens=tokens,
+                rgb=item.rgb[row, col],
+                row=item.index.row * s + row,
+                col=item.index.col * s + col,
+            )
+            image.sample.offer(item.chunk, offered)
+        self._account(bar, self._share(image, batch.stop) - self._share(image, batch.start), False)
+        if batch.stop == len(image.chunks):
+            features = image.sample.features()
+            self.records[image.name] = write_shard(
+                self._shards, image.name, image.dataset.identity, features, image.dataset.geographic_bounds
+            )
+            self._computed += len(features)
+            self._account(bar, len(features) - self._settings.per_image, True)
+
+    def _share(self, image: _Image, chunks: int) -> int:
+        """Return what a bar shows for the first of an image's chunks."""
+        return self._settings.per_image * chunks // len(image.chunks)
+
+    def _account(self, bar: tqdm[NoReturn], features: int, expected: bool) -> None:
+        """Move a bar; with ``expected``, features that an image turned out not to have are not waited for either."""
+        if expected:
+            bar.total = (bar.total or 0) + features
+        bar.update(features)
 
 
-def _encode_missing(
-    dataset: Dataset,
-    windows: Sequence[ChunkIndex],
-    read: dict[ChunkIndex, WindowPixels],
-    kept: LRUCache[ChunkIndex, _Window],
-    encoder: Encoder,
-    patch_px: int,
-) -> None:
-    """Read and encode the windows that are not in ``kept`` and put them there."""
-    missing = [window for window in dict.fromkeys(windows) if window not in kept]
-    for window in windows:
-        kept.get(window)  # the cache must not drop what this batch uses
-    unread = [window for window in missing if window not in read]
-    read = read | dict(zip(unread, read_windows(dataset, unread, patch_px), strict=True))
-    size = encoder.windows_at_once
-    for start in range(0, len(missing), size):
-        part = missing[start : start + size]
-        handles = encoder.encode(np.stack([read[window].pixels for window in part]))
-        for window, handle in zip(part, handles, strict=True):
-            pixels = read[window]
-            kept[window] = _Window(handle, pixels.labelled, _patch_colors(pixels.pixels, patch_px))
+def _check_settings(out: Path, settings: FeatureSettings) -> None:
+    """Raise InputError if a directory holds features made in another way; else note how they are made."""
+    found, wanted = read_json(out / SETTINGS_FILE), settings.model_dump(mode="json")
+    if found is None:
+        write_json(out / SETTINGS_FILE, wanted)
+    elif found != wanted:
+        changed = ", ".join(key for key in wanted if found.get(key) != wanted[key])
+        raise InputError(
+            f"{out} holds features made with another {changed}; name another work folder, or remove this one"
+        )
 
 
 def _patch_colors(pixels: NDArray[np.uint8], patch_px: int) -> NDArray[np.uint8]:
@@ -277,25 +368,3 @@ def _patch_colors(pixels: NDArray[np.uint8], patch_px: int) -> NDArray[np.uint8]
     mean = pixels.reshape(p, patch_px, p, patch_px, 3).mean(axis=(1, 3))
     rgb: NDArray[np.uint8] = np.rint(mean).astype(np.uint8)
     return rgb
-
-
-def _take(features: Features, index: NDArray[np.int64]) -> Features:
-    return Features(
-        tokens=features.tokens[index],
-        rgb=features.rgb[index],
-        image=features.image[index],
-        row=features.row[index],
-        col=features.col[index],
-        images=features.images,
-    )
-
-
-def _join(parts: Sequence[Features], dim: int, images: tuple[str, ...] = ()) -> Features:
-    return Features(
-        tokens=np.concatenate([np.empty((0, dim), np.float16), *(part.tokens for part in parts)]),
-        rgb=np.concatenate([np.empty((0, 3), np.uint8), *(part.rgb for part in parts)]),
-        image=np.concatenate([np.empty(0, np.int32), *(part.image for part in parts)]),
-        row=np.concatenate([np.empty(0, np.int64), *(part.row for part in parts)]),
-        col=np.concatenate([np.empty(0, np.int64), *(part.col for part in parts)]),
-        images=images,
-    )

@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
-from geocentroids_fit.cluster import Clustering, unit
-from geocentroids_fit.extract import Features
+from geocentroids_fit.cluster import unit
+from geocentroids_fit.shards import FeatureStore
 from geocentroids_tiler.codebook import Metric
 
 IMAGE_SHARE = 0.5
 """How much of the mean token of a patch's image is left out. Light, camera and season colour every token of an image
 (49 % of the variance with the small encoder), so with 0 a road is more like a roof beside it than like a road
 elsewhere; with 1 water and forest, if they fill images of their own, become alike. Chosen by eye."""
+_ROWS = 65_536
 
 
-def likeness_vectors(features: Features, clustering: Clustering, metric: Metric) -> NDArray[np.float64]:
-    """Return for each centroid the mean of its tokens less a share of their images' means, of shape (K, D).
+def likeness_vectors(
+    store: FeatureStore, centroids: NDArray[np.float32], labels: NDArray[np.uint16], metric: Metric
+) -> NDArray[np.float32]:
+    """Return for each centroid its own vector less a share of the mean tokens of the images it comes from.
 
     Args:
-        features: what was clustered.
-        clustering: the clusters.
-        metric: of the clustering; tokens are scaled to length 1 first unless it is l2.
+        store: what was clustered.
+        centroids: of shape (K, D).
+        labels: nearest centroid of each feature, of shape (N,).
+        metric: of the clustering; with cosine tokens are scaled to length 1 first.
+
+    Returns:
+        Of shape (K, D), float32.
     """
-    tokens = features.tokens.astype(np.float32)
-    if metric != "l2":
-        tokens = unit(tokens)
-    k, dim = clustering.centroids.shape
-    images = len(features.images)
-    total = np.zeros((images, dim))
-    np.add.at(total, features.image, tokens)
-    image_means = total / np.maximum(np.bincount(features.image, minlength=images), 1)[:, None]
-    share = np.zeros((k, images))  # of each image in each cluster
-    np.add.at(share, (clustering.labels, features.image), 1)
-    share /= np.maximum(clustering.counts, 1)[:, None]
-    vectors: NDArray[np.float64] = clustering.centroids - IMAGE_SHARE * (share @ image_means)
+    k, images = len(centroids), len(store.images)
+    image = np.repeat(np.arange(images), np.diff(store.starts))
+    share = sparse.csr_array((np.ones(len(labels), np.float32), (labels, image)), (k, images))  # repeated ones add up
+    means = np.stack([_mean(tokens, metric) for tokens in store.parts()])
+    shift = (share @ means) / np.maximum(np.bincount(labels, minlength=k), 1)[:, None]
+    vectors: NDArray[np.float32] = (centroids - IMAGE_SHARE * shift).astype(np.float32)
     return vectors
 
 
-def natural_colors(features: Features, clustering: Clustering) -> NDArray[np.float64]:
-    """Return the mean colour of each centroid's patches, of shape (K, 3), 0 to 255."""
-    k = len(clustering.counts)
-    total = np.stack([np.bincount(clustering.labels, features.rgb[:, i], minlength=k) for i in range(3)], axis=1)
-    mean: NDArray[np.float64] = total / np.maximum(clustering.counts, 1)[:, None]
+def natural_colors(store: FeatureStore, labels: NDArray[np.uint16], k: int) -> NDArray[np.float32]:
+    """Return the mean colour of each centroid's patches, of shape (K, 3), float32, 0 to 255."""
+    total = np.zeros((k, 3))
+    for image, start in enumerate(store.starts[:-1]):
+        rgb = store.origin(image).rgb
+        own = labels[start : start + len(rgb)]
+        total += np.stack([np.bincount(own, rgb[:, i], minlength=k) for i in range(3)], axis=1)
+    counts = np.bincount(labels, minlength=k)
+    mean: NDArray[np.float32] = (total / np.maximum(counts, 1)[:, None]).astype(np.float32)
     return mean
+
+
+def _mean(tokens: NDArray[np.floating[Any]], metric: Metric) -> NDArray[np.float64]:
+    """Return the mean of rows (n, D), of shape (D,)."""
+    total = np.zeros(tokens.shape[1])
+    for start in range(0, len(tokens), _ROWS):
+        rows = np.asarray(tokens[start : start + _ROWS], np.float32)
+        total += (unit(rows) if metric == "cosine" else rows).sum(axis=0, dtype=np.float64)
+    return total / max(len(tokens), 1)

@@ -18,7 +18,7 @@ def ward_tree(centroids: NDArray[np.floating[Any]], weights: NDArray[Any]) -> ND
     such a pair be merged at once whatever the order.
 
     Source: Müllner, "Modern hierarchical, agglomerative clustering algorithms", 2011, https://arxiv.org/abs/1109.2378
-    (nearest-neighbour chain), with sizes that start at ``weights``.
+    (nearest-neighbour chain), with sizes that start at ``weights``. Takes 8 K * K bytes: 302 MB for 6,144 centroids.
 
     Args:
         centroids: of shape (K, D).
@@ -37,17 +37,31 @@ def ward_tree(centroids: NDArray[np.floating[Any]], weights: NDArray[Any]) -> ND
         raise InputError(f"centroids {points.shape} and weights {mass.shape}; allowed: (K, D) and (K,), K at least 1")
     if not (np.isfinite(mass).all() and (mass > 0).all()):
         raise InputError("the weights of a merge tree must be positive")
-    return _number(*_chain_merges(points, mass))
+    return _number(*_chain_merges(_squares(points, mass), mass))
+
+
+def _squares(points: NDArray[np.float64], mass: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the squared Ward distance of all pairs, of shape (K, K), infinite on the diagonal."""
+    centred = points - points.mean(axis=0)  # so that little is lost where large squares cancel
+    length = np.square(centred).sum(axis=1)
+    square = centred @ centred.T
+    square *= -2
+    square += length
+    square += length[:, None]
+    np.maximum(square, 0, out=square)
+    square *= 2 * mass / (mass + mass[:, None]) * mass[:, None]
+    np.fill_diagonal(square, np.inf)
+    return np.asarray(square)
 
 
 def _chain_merges(
-    points: NDArray[np.float64], mass: NDArray[np.float64]
+    square: NDArray[np.float64], mass: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return pairs of leaves whose clusters were merged, of shape (K - 1, 2), and the heights, in no order.
 
-    A merged cluster lives on in the slot of its second leaf; ``points`` and ``mass`` are overwritten.
+    A merged cluster lives on in the slot of its second leaf; ``square`` and ``mass`` are overwritten.
     """
-    k = len(points)
+    k = len(mass)
     active = np.ones(k, bool)
     pairs = np.empty((k - 1, 2), np.int64)
     heights = np.empty(k - 1)
@@ -56,24 +70,38 @@ def _chain_merges(
         if not chain:
             chain.append(int(np.argmax(active)))
         while True:
-            last = chain[-1]
-            square = 2 * mass * mass[last] / (mass + mass[last]) * np.square(points - points[last]).sum(axis=1)
-            square[~active] = np.inf
-            square[last] = np.inf
-            other = int(np.argmin(square))
-            if len(chain) > 1 and square[chain[-2]] <= square[other]:  # at a tie the chain must not go in circles
+            row = square[chain[-1]]
+            other = int(np.argmin(row))
+            if len(chain) > 1 and row[chain[-2]] <= row[other]:  # at a tie the chain must not go in circles
                 other = chain[-2]
                 break
             chain.append(other)
-        del chain[-2:]
-        left, right = sorted((last, other))
+        left, right = sorted((chain.pop(), chain.pop()))
         pairs[step] = left, right
-        heights[step] = np.sqrt(square[other])
-        both = mass[left] + mass[right]
-        points[right] = (mass[left] * points[left] + mass[right] * points[right]) / both
-        mass[right] = both
+        heights[step] = np.sqrt(square[left, right])
+        merged = _merged(square[left], square[right], square[left, right], mass, left, right)
         active[left] = False
+        mass[right] += mass[left]
+        square[left] = square[:, left] = np.inf
+        square[right] = square[:, right] = np.where(active, merged, np.inf)
+        square[right, right] = np.inf
     return pairs, heights
+
+
+def _merged(
+    to_left: NDArray[np.float64],
+    to_right: NDArray[np.float64],
+    between: float,
+    mass: NDArray[np.float64],
+    left: int,
+    right: int,
+) -> NDArray[np.float64]:
+    """Return the squared distance of every cluster to two merged ones, of shape (K,).
+
+    Source: Lance and Williams, "A general theory of classificatory sorting strategies", 1967, with Ward's factors.
+    """
+    a, b = mass[left], mass[right]
+    return np.asarray(((a + mass) * to_left + (b + mass) * to_right - mass * between) / (a + b + mass))
 
 
 def _number(pairs: NDArray[np.int64], heights: NDArray[np.float64]) -> NDArray[np.float64]:

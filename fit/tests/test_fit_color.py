@@ -101,3 +101,51 @@ def test_few_centroids_get_distinct_hues(k: int) -> None:
 def test_centroids_all_alike() -> None:
     colors = color_centroids(np.ones((20, 4))).colors
     assert colors.shape == (20, 3)
+
+
+class TestAnchor:
+    """A refit keeps the colours of centroids that it finds again."""
+
+    @pytest.fixture
+    def refit(self, centroids: np.ndarray) -> np.ndarray:
+        """The same centroids in another order, a little moved, and a group that was not there before."""
+        rng = np.random.default_rng(5)
+        moved = rng.permutation(centroids) + rng.normal(0, 0.05, centroids.shape)
+        return np.concatenate([moved, rng.normal(9, 1, (20, 16))]).astype(np.float32)
+
+    def differences(self, before: np.ndarray, colors: np.ndarray, refit: np.ndarray, now: np.ndarray) -> np.ndarray:
+        nearest = np.linalg.norm(refit[: len(before), None] - before[None], axis=2).argmin(axis=1)
+        lab, own = srgb_to_oklab(colors)[nearest], srgb_to_oklab(now)[: len(before)]
+        return np.linalg.norm(lab - own, axis=1)
+
+    def test_what_is_found_again_keeps_its_colour(
+        self, centroids: np.ndarray, coloring: color.Coloring, refit: np.ndarray
+    ) -> None:
+        anchor = color.anchor_to(refit, centroids, coloring.colors)
+        anchored = color_centroids(refit, anchor=anchor, seed=2)
+        free = color_centroids(refit, seed=2)
+        kept = self.differences(centroids, coloring.colors, refit, anchored.colors)
+        assert np.median(kept) < 0.02
+        assert np.median(self.differences(centroids, coloring.colors, refit, free.colors)) > 0.1
+        assert anchored.score.rank_correlation > 0.8 * free.score.rank_correlation
+
+    def test_the_same_centroids_keep_their_colours_to_the_bit(
+        self, centroids: np.ndarray, coloring: color.Coloring
+    ) -> None:
+        anchor = color.anchor_to(centroids, centroids, coloring.colors)
+        assert anchor.closeness == pytest.approx(np.ones(len(centroids)))
+        assert (color_centroids(centroids, anchor=anchor, seed=9).colors == coloring.colors).all()
+
+    def test_closeness_falls_with_distance(self) -> None:
+        earlier = np.array([[0.0, 0], [1, 0], [2, 0]])
+        anchor = color.anchor_to(np.array([[0.0, 0], [1.5, 0], [2, 3]]), earlier, np.eye(3, dtype=np.uint8))
+        assert anchor.closeness == pytest.approx(np.exp([0, -0.25, -9]))
+        assert anchor.colors[2].tolist() == [0, 0, 1]
+
+    def test_the_cloud_is_turned_scaled_and_moved_onto_what_is_kept(self) -> None:
+        rng = np.random.default_rng(0)
+        kept = np.array([0.65, 0, 0]) + rng.uniform(-0.05, 0.05, (50, 3))
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        cloud = 40 * (kept - [0.3, 0.1, 0]) @ turn
+        closeness = np.full(50, 0.25)
+        assert color.fit_anchor(cloud, kept, closeness) == pytest.approx(kept, abs=1e-9)

@@ -2,49 +2,68 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from small_images import settings
 
-from geocentroids_fit.cluster import Clustering
-from geocentroids_fit.extract import Features
 from geocentroids_fit.likeness import IMAGE_SHARE, likeness_vectors, natural_colors
+from geocentroids_fit.shards import SHARDS_DIR, FeatureManifest, Features, FeatureStore, write_shard
 
 THINGS = np.array([[0.0, 0, 4], [0, 4, 0]])
 LIGHTS = np.array([[8.0, 0, 0], [-8, 0, 0]])
+CENTROIDS = (THINGS[[0, 1, 0, 1]] + LIGHTS[[0, 0, 1, 1]]).astype(np.float32)
+LABELS = np.repeat(np.arange(4), 5).astype(np.uint16)
 
 
-def scene() -> tuple[Features, Clustering]:
-    """Two things in two images that differ in light; a cluster for each thing in each image."""
-    image, thing = np.repeat([0, 0, 1, 1], 5), np.tile(np.repeat([0, 1], 5), 2)
-    tokens = THINGS[thing] + LIGHTS[image]
-    labels = 2 * image + thing
-    features = Features(
-        tokens=tokens.astype(np.float16),
-        rgb=np.repeat(10 * labels[:, None], 3, axis=1).astype(np.uint8),
-        image=image.astype(np.int32),
-        row=np.zeros(20, np.int64),
-        col=np.arange(20),
-        images=("a.tif", "b.tif"),
-    )
-    centroids = (THINGS[[0, 1, 0, 1]] + LIGHTS[[0, 0, 1, 1]]).astype(np.float32)
-    return features, Clustering(centroids, labels, np.bincount(labels), 0.0, 1)
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    """Two things in two images that differ in light, five patches of each; an image without patches between them."""
+    records = []
+    for image, kept in ((0, 10), (2, 0), (1, 10)):
+        thing = np.repeat([0, 1], 5)[:kept]
+        label = 2 * image + thing
+        features = Features(
+            tokens=(THINGS[thing] + LIGHTS[image % 2]).astype(np.float16),
+            rgb=np.repeat(10 * label[:, None], 3, axis=1).astype(np.uint8),
+            row=np.zeros(kept, np.int64),
+            col=np.arange(kept),
+        )
+        records.append(write_shard(tmp_path / SHARDS_DIR, f"{image}.tif", "1", features))
+    return FeatureStore(tmp_path, FeatureManifest(settings=settings(), images=tuple(records)))
 
 
-def test_by_hand() -> None:
-    features, clustering = scene()
+def test_by_hand(store: FeatureStore) -> None:
     means = LIGHTS + THINGS.mean(axis=0)
-    expected = clustering.centroids - IMAGE_SHARE * means[[0, 0, 1, 1]]
-    assert likeness_vectors(features, clustering, "l2") == pytest.approx(expected, abs=1e-6)
+    expected = CENTROIDS - IMAGE_SHARE * means[[0, 0, 1, 1]]
+    assert likeness_vectors(store, CENTROIDS, LABELS, "l2") == pytest.approx(expected, abs=1e-6)
 
 
-def test_light_counts_for_less() -> None:
-    features, clustering = scene()
-    vectors = likeness_vectors(features, clustering, "l2")
+def test_cosine_leaves_out_the_mean_of_unit_vectors(store: FeatureStore) -> None:
+    lengths = np.linalg.norm(CENTROIDS, axis=1, keepdims=True)
+    means = (CENTROIDS / lengths).reshape(2, 2, 3).mean(axis=1)
+    expected = CENTROIDS - IMAGE_SHARE * means[[0, 0, 1, 1]]
+    assert likeness_vectors(store, CENTROIDS, LABELS, "cosine") == pytest.approx(expected, abs=1e-6)
+
+
+def test_light_counts_for_less(store: FeatureStore) -> None:
+    vectors = likeness_vectors(store, CENTROIDS, LABELS, "l2")
     across_images, before = np.linalg.norm(vectors[0] - vectors[2]), np.linalg.norm(LIGHTS[0] - LIGHTS[1])
     assert across_images == pytest.approx((1 - IMAGE_SHARE) * before)
     assert np.linalg.norm(vectors[0] - vectors[1]) == pytest.approx(np.linalg.norm(THINGS[0] - THINGS[1]))
 
 
-def test_natural_colours_are_the_patches_means() -> None:
-    features, clustering = scene()
-    assert natural_colors(features, clustering)[:, 0].tolist() == [0, 10, 20, 30]
+def test_a_centroid_of_several_images_leaves_out_the_mean_of_their_means(store: FeatureStore) -> None:
+    labels = np.tile(np.repeat([0, 1], 5), 2).astype(np.uint16)
+    vectors = likeness_vectors(store, THINGS.astype(np.float32), labels, "l2")
+    assert vectors == pytest.approx(THINGS - IMAGE_SHARE * THINGS.mean(axis=0), abs=1e-6)
+
+
+def test_an_unused_centroid_stays_as_it_is(store: FeatureStore) -> None:
+    more = np.concatenate([CENTROIDS, [[7, 7, 7]]]).astype(np.float32)
+    assert likeness_vectors(store, more, LABELS, "l2")[4].tolist() == [7, 7, 7]
+
+
+def test_natural_colours_are_the_patches_means(store: FeatureStore) -> None:
+    assert natural_colors(store, LABELS, 5)[:, 0].tolist() == [0, 10, 20, 30, 0]
