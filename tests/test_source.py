@@ -28,6 +28,7 @@ from geocentroids_tiler.grid import WGS84, ChunkIndex, PatchRange, project, wind
 from geocentroids_tiler.source import (
     Dataset,
     ReadOptions,
+    Source,
     WindowPixels,
     open_dataset,
     open_raster,
@@ -822,6 +823,19 @@ class TestFilesThatAreNotImages:
             read_one(dataset, index)
         with pytest.raises(SourceUnavailableError, match=r"cannot open 'gone\.tif'"):
             source_identity(dataset.source, TIMEOUT_S)
+
+    def test_name_that_is_not_utf8_reads_like_missing(self, tmp_path: Path) -> None:
+        name = os.fsdecode(b"a\xff.tif")
+        write_tif(tmp_path / "a.tif", IMAGE[:, :128, :128], photometric="RGB").rename(tmp_path / name)
+        with pytest.raises(SourceUnavailableError) as caught:
+            open_tif(tmp_path / name)
+        assert str(caught.value) == f"cannot open {name!r}"
+
+    def test_name_that_no_file_can_have_reads_like_missing(self, tmp_path: Path) -> None:
+        name = "a\ud800.tif"
+        with pytest.raises(SourceUnavailableError) as caught:
+            source_identity(Source(name, tmp_path / name), TIMEOUT_S)
+        assert str(caught.value) == f"cannot open {name!r}"
 
     def test_without_permission_reads_like_missing(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write_tif(folder / "secret.tif", IMAGE[:, :128, :128], photometric="RGB")

@@ -1,18 +1,34 @@
 """From a URL to the pixels of windows on the ground grid."""
 
-from geocentroids_tiler.source.dataset import Dataset, ReadOptions, open_dataset, open_raster, source_identity
-from geocentroids_tiler.source.pixels import WindowPixels, read_windows
+from geocentroids_tiler.source.dataset import (
+    MAX_PX_WITHOUT_OVERVIEWS,
+    Dataset,
+    ReadOptions,
+    check_structure,
+    open_dataset,
+    open_raster,
+    place,
+    source_identity,
+    with_collars,
+)
+from geocentroids_tiler.source.pixels import PatchPixels, WindowPixels, read_patches, read_windows
 from geocentroids_tiler.source.policy import Source, gdal_options, resolve_source
 
 __all__ = [
+    "MAX_PX_WITHOUT_OVERVIEWS",
     "Dataset",
+    "PatchPixels",
     "ReadOptions",
     "Source",
     "WindowPixels",
+    "check_structure",
     "gdal_options",
     "open_dataset",
     "open_raster",
+    "place",
+    "read_patches",
     "read_windows",
     "resolve_source",
     "source_identity",
+    "with_collars",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -140,7 +140,7 @@ def source_identity(source: Source, timeout_s: float) -> str:
     if source.path is not None:
         try:
             stat = source.path.stat()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise SourceUnavailableError(f"cannot open {source.url!r}") from error
         return f"{stat.st_mtime_ns}-{stat.st_size}"
     try:
@@ -170,23 +170,48 @@ def open_dataset(source: Source, identity: str, options: ReadOptions, codebook: 
         SourceUnavailableError: if it is missing, forbidden or not a GeoTIFF.
         UnsupportedImageError: if it is not an image that the codebook can classify.
     """
-    preprocess = codebook.manifest.preprocess
+    preprocess, patch_px = codebook.manifest.preprocess, codebook.manifest.encoder.patch_px
     with open_raster(source, identity, None, timeout_s) as raster:
-        _check_structure(raster)
-        crs = _crs_of(raster)
-        transform: AffineCoefficients = tuple(raster.transform)[:6]
-        size = raster.width, raster.height
-        grid = ground_grid(crs, transform, *size, codebook.patch_m)
-        gsd_m = ground_gsd(crs, transform, *size, grid)
-        if not gsd_m <= MAX_UPSAMPLING * preprocess.gsd_m:
-            raise UnsupportedImageError(
-                f"the image has {gsd_m:.3g} m per pixel; codebook {codebook.name!r} expects {preprocess.gsd_m:.3g} m "
-                f"and accepts up to {MAX_UPSAMPLING * preprocess.gsd_m:.3g} m"
-            )
-        factors = raster.overviews(1)
-        indexes = _rgb_indexes(raster, options)
-        _check_dtype(raster, indexes, options)
-        collars = () if _states_validity(raster) else _collars_of(raster, indexes, options)
+        check_structure(raster)
+        return with_collars(place(raster, source, identity, options, preprocess, patch_px, timeout_s), raster)
+
+
+def place(
+    raster: Any,
+    source: Source,
+    identity: str,
+    options: ReadOptions,
+    preprocess: PreprocessSection,
+    patch_px: int,
+    timeout_s: float,
+) -> Dataset:
+    """Place an open image on the ground by its header alone; its collars are not looked for yet.
+
+    Args:
+        raster: the image, opened with rasterio by any driver.
+        source: where windows will be read from.
+        identity: of its content.
+        options: how bands become RGB.
+        preprocess: sets gsd, resampling and windows.
+        patch_px: pixels a side of a patch.
+        timeout_s: longest wait for an answer of the source.
+
+    Raises:
+        UnsupportedImageError: if it is not an image that a codebook of this gsd can classify.
+    """
+    crs = _crs_of(raster)
+    transform: AffineCoefficients = tuple(raster.transform)[:6]
+    size = raster.width, raster.height
+    grid = ground_grid(crs, transform, *size, preprocess.gsd_m * patch_px)
+    gsd_m = ground_gsd(crs, transform, *size, grid)
+    if not gsd_m <= MAX_UPSAMPLING * preprocess.gsd_m:
+        raise UnsupportedImageError(
+            f"the image has {gsd_m:.3g} m per pixel; the codebook expects {preprocess.gsd_m:.3g} m "
+            f"and accepts up to {MAX_UPSAMPLING * preprocess.gsd_m:.3g} m"
+        )
+    indexes = _rgb_indexes(raster, options)
+    _check_dtype(raster, indexes, options)
+    factors = raster.overviews(1)
     fine_enough = [(factor, i) for i, factor in enumerate(factors) if gsd_m * factor <= preprocess.gsd_m * 1.01]
     a, b, _, d, e, _ = transform
     north_up = b == 0 and d == 0 and a > 0 and e < 0
@@ -204,13 +229,25 @@ def open_dataset(source: Source, identity: str, options: ReadOptions, codebook: 
         gsd_m=gsd_m,
         overview=max(fine_enough)[1] if fine_enough else None,
         warped=not (north_up and grid.crs == crs),
-        collars=collars,
+        collars=(),
         grid=grid,
         footprint=grid.patches_touching((left, bottom, right, top)),
         geographic_bounds=geographic_bounds(crs, transform, *size),
         preprocess=preprocess,
         timeout_s=timeout_s,
     )
+
+
+def with_collars(dataset: Dataset, raster: Any) -> Dataset:
+    """Return a dataset that knows the collars of its image, which is looked at as a whole unless it states validity.
+
+    Args:
+        dataset: from ``place``.
+        raster: the image, open.
+    """
+    if _states_validity(raster):
+        return dataset
+    return replace(dataset, collars=_collars_of(raster, dataset.indexes, dataset.options))
 
 
 @contextmanager
@@ -235,7 +272,7 @@ def open_raster(source: Source, identity: str, overview: int | None, timeout_s: 
     try:
         with rasterio.Env(**gdal_options(timeout_s)), rasterio.open(name, driver="GTiff", **levels) as raster:
             yield raster
-    except (RasterioError, OSError) as error:
+    except (RasterioError, OSError, UnicodeError) as error:  # the last: a name that is not UTF-8
         raise SourceUnavailableError(f"cannot open {source.url!r}") from error
 
 
@@ -249,8 +286,12 @@ def to_uint8(values: NDArray[Any], rescale: tuple[float, float] | None) -> NDArr
     return result
 
 
-def _check_structure(raster: Any) -> None:
-    """Refuse a file that leads elsewhere, or of which one look takes too much time or memory."""
+def check_structure(raster: Any) -> None:
+    """Refuse a file that leads elsewhere, or of which one look takes too much time or memory.
+
+    Raises:
+        UnsupportedImageError: if it is one.
+    """
     if foreign := _FOREIGN_TAGS.intersection(raster.tag_namespaces()):
         raise UnsupportedImageError(f"the image has {' and '.join(sorted(foreign))} tags, which may name other files")
     if raster.count > MAX_BANDS:

@@ -1,9 +1,9 @@
-"""Reading the pixels of windows at the codebook's gsd, resampled once."""
+"""Reading the pixels of patches at the codebook's gsd, resampled once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,19 @@ _PILLOW_FILTER = {
 }
 _FILTER_RADIUS = {"nearest": 1, "bilinear": 1, "cubic": 2, "average": 1}
 """Reach of the resampling filters, in source pixels at equal gsd."""
+
+
+@dataclass(frozen=True)
+class PatchPixels:
+    """A rectangle of patches, read.
+
+    Attributes:
+        pixels: RGB of shape (H, W, 3), uint8; invalid pixels are filled from their surroundings.
+        valid: pixels that are data, of shape (H, W), bool.
+    """
+
+    pixels: NDArray[np.uint8]
+    valid: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -56,41 +69,52 @@ def read_windows(dataset: Dataset, windows: Sequence[ChunkIndex], patch_px: int)
     Raises:
         SourceUnavailableError: if the file cannot be read.
     """
-    if not windows:
+    pre = dataset.preprocess
+    p = pre.window_patches
+    ranges = [window_patches_of(index, p, pre.margin_patches, pre.stride_patches) for index in windows]
+    return [
+        WindowPixels(read.pixels, read.valid.reshape(p, patch_px, p, patch_px).mean(axis=(1, 3)) >= 0.5)
+        for read in read_patches(dataset, ranges, patch_px)
+    ]
+
+
+def read_patches(dataset: Dataset, ranges: Sequence[PatchRange], patch_px: int) -> list[PatchPixels]:
+    """Read rectangles of patches of a dataset through one opening of its file.
+
+    What is read for a rectangle depends on nothing but the rectangle. It may reach beyond the image.
+
+    Args:
+        dataset: the dataset.
+        ranges: the rectangles, none of them empty.
+        patch_px: pixels a side of a patch.
+
+    Returns:
+        For each rectangle of R x C patches its pixels, H = R * patch_px by W = C * patch_px.
+
+    Raises:
+        SourceUnavailableError: if the file cannot be read.
+    """
+    if not ranges:
         return []
     with open_raster(dataset.source, dataset.identity, dataset.overview, dataset.timeout_s) as raster:
         if not dataset.warped:
-            return [_window(dataset, index, patch_px, raster, _read_direct) for index in windows]
+            return [_read_direct(raster, dataset, patches, patch_px) for patches in ranges]
         with _warped(dataset, raster, patch_px) as vrt:
-            return [_window(dataset, index, patch_px, vrt, _read_warped) for index in windows]
+            return [_read_warped(vrt, dataset, patches, patch_px) for patches in ranges]
 
 
-_Reader = Callable[[Any, Dataset, Bounds, int], tuple[NDArray[np.uint8], NDArray[np.bool_]]]
+def _read_direct(raster: Any, dataset: Dataset, patches: PatchRange, patch_px: int) -> PatchPixels:
+    """Read patches of an image that is north up in the grid's CRS.
 
-
-def _window(dataset: Dataset, index: ChunkIndex, patch_px: int, raster: Any, reader: _Reader) -> WindowPixels:
-    pre = dataset.preprocess
-    patches = window_patches_of(index, pre.window_patches, pre.margin_patches, pre.stride_patches)
-    size = pre.window_patches * patch_px
-    pixels, valid = reader(raster, dataset, dataset.grid.bounds_of(patches), size)
-    p = pre.window_patches
-    valid_share = valid.reshape(p, patch_px, p, patch_px).mean(axis=(1, 3))  # (P, P)
-    return WindowPixels(pixels, valid_share >= 0.5)
-
-
-def _read_direct(
-    raster: Any, dataset: Dataset, bounds: Bounds, size: int
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Read a window of an image that is north up in the grid's CRS; returns (S, S, 3) pixels and (S, S) validity.
-
-    Whole pixels around the window are read, invalid ones filled, and the window cut out of them by one resampling.
+    Whole pixels around them are read, invalid ones filled, and the patches cut out of them by one resampling.
     """
-    left, bottom, right, top = bounds
+    left, bottom, right, top = dataset.grid.bounds_of(patches)
+    height, width = _size_px(patches, patch_px)
     t = raster.transform
     col0, col1 = (left - t.c) / t.a, (right - t.c) / t.a
     row0, row1 = (top - t.f) / t.e, (bottom - t.f) / t.e
-    first_col, last_col = _with_reach(col0, col1, size, dataset)
-    first_row, last_row = _with_reach(row0, row1, size, dataset)
+    first_col, last_col = _with_reach(col0, col1, width, dataset)
+    first_row, last_row = _with_reach(row0, row1, height, dataset)
     pixels, valid = _read_padded(raster, dataset, PatchRange(first_row, last_row, first_col, last_col))
     if dataset.collars:
         v = (np.arange(first_row, last_row) + 0.5)[:, None] / raster.height
@@ -99,11 +123,17 @@ def _read_direct(
             valid &= ~collar.covers(pixels, v, u)
     filled = fill_invalid(pixels, valid)
     box = (col0 - first_col, row0 - first_row, col1 - first_col, row1 - first_row)
-    image = Image.fromarray(filled).resize((size, size), _PILLOW_FILTER[dataset.preprocess.resampling], box)
+    image = Image.fromarray(filled).resize((width, height), _PILLOW_FILTER[dataset.preprocess.resampling], box)
     if valid.all():
-        return np.asarray(image), np.ones((size, size), bool)
-    share = Image.fromarray(valid.astype(np.uint8) * 255).resize((size, size), Image.Resampling.BOX, box)
-    return np.asarray(image), np.asarray(share) >= 128
+        return PatchPixels(np.asarray(image), np.ones((height, width), bool))
+    share = Image.fromarray(valid.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BOX, box)
+    return PatchPixels(np.asarray(image), np.asarray(share) >= 128)
+
+
+def _size_px(patches: PatchRange, patch_px: int) -> tuple[int, int]:
+    """Return height and width of patches in pixels."""
+    rows, cols = patches.shape
+    return rows * patch_px, cols * patch_px
 
 
 def _with_reach(start: float, stop: float, size: int, dataset: Dataset) -> tuple[int, int]:
@@ -163,27 +193,23 @@ def _warped(dataset: Dataset, raster: Any, patch_px: int) -> WarpedVRT:
     )
 
 
-def _read_warped(
-    vrt: WarpedVRT, dataset: Dataset, bounds: Bounds, size: int
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Read a window of a warped image; returns (S, S, 3) pixels and (S, S) validity."""
-    left, _, _, top = bounds
-    first_col, first_row = (
-        round((left - vrt.transform.c) / vrt.transform.a),
-        round((top - vrt.transform.f) / vrt.transform.e),
-    )
-    pixels, valid = _read_padded(vrt, dataset, PatchRange(first_row, first_row + size, first_col, first_col + size))
+def _read_warped(vrt: WarpedVRT, dataset: Dataset, patches: PatchRange, patch_px: int) -> PatchPixels:
+    """Read patches of a warped image, whose pixels are theirs."""
+    rows, cols = (slice(part.start * patch_px, part.stop * patch_px) for part in patches.within(dataset.footprint))
+    pixels, valid = _read_padded(vrt, dataset, PatchRange(rows.start, rows.stop, cols.start, cols.stop))
     if dataset.collars and valid.any():
-        v, u = _place_in_image(dataset, bounds, size)
+        v, u = _place_in_image(dataset, dataset.grid.bounds_of(patches), valid.shape)
         for collar in dataset.collars:
             valid &= ~collar.covers(pixels, v, u)
-    return fill_invalid(pixels, valid), valid
+    return PatchPixels(fill_invalid(pixels, valid), valid)
 
 
-def _place_in_image(dataset: Dataset, bounds: Bounds, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return how far down and across the image, 0 to 1, each pixel of a window lies; both of shape (S, S)."""
+def _place_in_image(
+    dataset: Dataset, bounds: Bounds, shape: tuple[int, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return how far down and across the image, 0 to 1, each pixel of a rectangle lies; both of shape ``shape``."""
     tolerance = abs(dataset.transform[0]) + abs(dataset.transform[3])  # about a pixel of the image
-    x, y = raster_points(bounds, dataset.grid.crs, (size, size), dataset.crs, tolerance)
+    x, y = raster_points(bounds, dataset.grid.crs, (shape[0], shape[1]), dataset.crs, tolerance)
     a, b, c, d, e, f = dataset.transform
     x, y, determinant = x - c, y - f, a * e - b * d
     col, row = (e * x - b * y) / determinant, (a * y - d * x) / determinant

@@ -67,7 +67,7 @@ def gdal_options(timeout_s: float) -> dict[str, str | int]:
         "CPL_VSIL_CURL_USE_HEAD": "NO",
         "VSI_CACHE": "TRUE",
         "VSI_CACHE_SIZE": 5 * 2**20,
-        "GDAL_CACHEMAX": 256,  # MB; by default a share of the machine's memory
+        "GDAL_CACHEMAX": 256 * 2**20,  # bytes, for rasterio; by default a share of the machine's memory
         "AWS_NO_SIGN_REQUEST": "YES",
     }
 
