@@ -1,7 +1,7 @@
 """The codebook, format 1: centroids, colours, merge tree and all that is needed to compute the same labels again.
 
 A codebook is a directory (also the layout of a hub repository): ``codebook.json``, ``arrays.safetensors``, and
-optionally ``names/*.json``, ``encoder.onnx``, ``exemplars/`` and ``README.md``.
+optionally ``names/*.json``, ``encoder.onnx``, ``exemplars/``, ``item.json`` and ``README.md``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from safetensors.numpy import load_file, save_file
 
 from geocentroids_tiler.colors import oklab_to_srgb, srgb_to_oklab
 from geocentroids_tiler.errors import CodebookError, InputError, short
+from geocentroids_tiler.exemplars import EXEMPLARS_DIR, Exemplars, load_exemplars
 
 FORMAT: Literal["geocentroids-codebook/1"] = "geocentroids-codebook/1"
 MANIFEST_FILE = "codebook.json"
 ARRAYS_FILE = "arrays.safetensors"
 ENCODER_FILE = "encoder.onnx"
 CARD_FILE = "README.md"
+ITEM_FILE = "item.json"
 NAMES_DIR = "names"
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 NODATA_LABEL = 65535
@@ -128,12 +130,14 @@ class Classes:
         colors: sRGB colour of each class, of shape (n, 3), uint8.
         counts: training patches of each class, of shape (n,), int64, or None where the codebook has none.
         names: name of each class, or None, length n.
+        typical: the centroid of each class that stands for it, of shape (n,), uint16.
     """
 
     lookup: NDArray[np.uint16]
     colors: NDArray[np.uint8]
     counts: NDArray[np.int64] | None
     names: tuple[str | None, ...]
+    typical: NDArray[np.uint16]
 
     def __len__(self) -> int:
         return len(self.colors)
@@ -157,6 +161,7 @@ class Codebook:
         tree: merge tree of shape (K - 1, 4), float64, in the form of ``scipy.cluster.hierarchy.linkage``, or None.
         names: for each number of classes (None: the labels themselves) a mapping class id -> name.
         path: the directory it was loaded from, or None.
+        exemplars: pictures of typical patches, or None.
 
     Raises:
         CodebookError: if an array has a wrong shape, dtype or value.
@@ -169,6 +174,7 @@ class Codebook:
     tree: NDArray[np.float64] | None = None
     names: Mapping[int | None, Mapping[int, str]] = field(default_factory=dict)
     path: Path | None = None
+    exemplars: Exemplars | None = None
 
     def __post_init__(self) -> None:
         where = str(self.path / ARRAYS_FILE) if self.path else ARRAYS_FILE
@@ -199,7 +205,7 @@ class Codebook:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over manifest, arrays and names, in hex; file dates and the directory do not enter it."""
+        """SHA-256 over manifest, arrays and names, in hex; file dates, the directory and exemplars do not enter it."""
         sha = hashlib.sha256(_canonical_json(self.manifest.model_dump(mode="json")))
         for key, array in _arrays_of(self).items():
             sha.update(f"{key}:{array.dtype.str}:{array.shape}".encode())
@@ -221,7 +227,7 @@ class Codebook:
         """
         if n is None:
             lookup = np.arange(len(self), dtype=np.uint16)
-            return Classes(lookup, self.colors, self.counts, self._names_of(None, len(self)))
+            return Classes(lookup, self.colors, self.counts, self._names_of(None, len(self)), typical=lookup)
         if self.tree is None:
             raise InputError(f"classes={n}: codebook {self.name!r} has no merge tree; leave out classes")
         if not 1 <= n <= len(self):
@@ -235,7 +241,11 @@ class Codebook:
         if self.counts is not None:
             counts = np.zeros(n, np.int64)
             np.add.at(counts, lookup, self.counts)
-        return Classes(lookup, oklab_to_srgb(mean), counts, self._names_of(n, n))
+        return Classes(lookup, oklab_to_srgb(mean), counts, self._names_of(n, n), heaviest(lookup, self.counts))
+
+    def has_exemplar(self, label: int) -> bool:
+        """Return whether there is a picture of typical patches of a label."""
+        return self.exemplars is not None and label in self.exemplars.sheets
 
     def neighbours(self, label: int, n: int) -> list[tuple[int, float]]:
         """Return the ``n`` centroids most like centroid ``label`` and their similarity to it, best first."""
@@ -293,6 +303,21 @@ def cut_tree(tree: NDArray[np.float64], n: int) -> NDArray[np.uint16]:
     return rank[lookup]
 
 
+def heaviest(lookup: NDArray[np.uint16], counts: NDArray[np.int64] | None) -> NDArray[np.uint16]:
+    """Return the centroid with the most training patches in each class; the lowest one of equals.
+
+    Args:
+        lookup: class of each of K centroids, of shape (K,); each class from 0 to n - 1 has one.
+        counts: training patches per centroid, of shape (K,), or None: all are equal.
+
+    Returns:
+        Centroids, of shape (n,).
+    """
+    order = np.lexsort((np.zeros(len(lookup)) if counts is None else -counts, lookup))  # stable
+    _, first = np.unique(lookup[order], return_index=True)
+    return order[first].astype(np.uint16)
+
+
 def load_codebook(path: Path | str) -> Codebook:
     """Load and validate a codebook directory.
 
@@ -333,10 +358,19 @@ def load_codebook(path: Path | str) -> Codebook:
         tree=arrays.get("tree"),
         path=path,
     )
-    return replace(codebook, names=_load_names(path, len(codebook)))
+    k = len(codebook)
+    return replace(codebook, names=_load_names(path, k), exemplars=load_exemplars(path, k))
 
 
-def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: Path | None = None) -> Codebook:
+def save_codebook(
+    codebook: Codebook,
+    path: Path | str,
+    *,
+    card: str,
+    encoder: Path | None = None,
+    exemplars: Path | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> Codebook:
     """Write a codebook to a new directory, whole or not at all.
 
     Args:
@@ -344,6 +378,8 @@ def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: P
         path: a directory that does not exist yet, or is empty.
         card: text of the model card.
         encoder: an ONNX file to embed as ``encoder.onnx``.
+        exemplars: a folder of sheets and their index, to be copied.
+        extra: text of further files, such as ``item.json``, by name.
 
     Returns:
         The codebook as loaded from ``path``. Where the embedded encoder is its source, its manifest holds the
@@ -376,6 +412,12 @@ def save_codebook(codebook: Codebook, path: Path | str, *, card: str, encoder: P
             file.write_text(json.dumps(pack, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if encoder is not None:
             shutil.copyfile(encoder, draft / ENCODER_FILE)
+        if exemplars is not None:
+            shutil.copytree(exemplars, draft / EXEMPLARS_DIR, copy_function=shutil.copyfile)
+        for file_name, text in (extra or {}).items():
+            if Path(file_name).name != file_name or (draft / file_name).exists():
+                raise CodebookError(f"{file_name!r} cannot be added; allowed are plain names that are not in use")
+            (draft / file_name).write_text(text, encoding="utf-8")
         load_codebook(draft)
         if path.exists():
             path.rmdir()

@@ -27,7 +27,7 @@ from geocentroids_tiler.labels.futures import follow
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.params import ReadParams, StyleParams
 from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat, encode_indexed, palette_index, transparent_tile
-from geocentroids_tiler.responses import area_statistics, with_statistics
+from geocentroids_tiler.responses import ExemplarLink, area_statistics, exemplar_info, with_statistics
 from geocentroids_tiler.source import Dataset
 from geocentroids_tiler.tiles import zoom_range
 
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RasterFormat = Literal["tif", "png"]
+ExemplarFormat = Literal["webp", "json"]
 REASON_HEADER = "X-Geocentroids-Empty"
 """Says why a tile is transparent: ``outside`` the image, or ``below-minzoom N``."""
 EMPTY_CACHE_CONTROL = "public, max-age=60"
@@ -201,6 +202,20 @@ def statistics_of(
         with_statistics(feature, area_statistics(engine.block(dataset, area.patches), area, classes, patch_area_m2))
         for feature, area in zip(features, areas, strict=True)
     ]
+
+
+def exemplar(
+    codebook: Codebook, classes: Classes, label: int, link: ExemplarLink, exemplar_format: ExemplarFormat
+) -> bytes | None:
+    """Return the exemplar of a class, or as JSON whose images it was cut from; None if the class has none.
+
+    Raises:
+        CodebookError: if the file is no longer what was loaded.
+    """
+    info = exemplar_info(codebook, classes, label, link(label)) if label < len(classes) else None
+    if info is None or codebook.exemplars is None:
+        return None
+    return info.model_dump_json().encode() if exemplar_format == "json" else codebook.exemplars.read(info.centroid)
 
 
 def _check_cost(service: Service, engine: LabelEngine, areas: Sequence[Area]) -> None:

@@ -13,6 +13,7 @@ from geocentroids_tiler.codebook import (
     ARRAYS_FILE,
     CARD_FILE,
     ENCODER_FILE,
+    ITEM_FILE,
     MANIFEST_FILE,
     NAME_PATTERN,
     NAMES_DIR,
@@ -25,6 +26,7 @@ from geocentroids_tiler.codebook import (
 )
 from geocentroids_tiler.download import Retry, cached_snapshot, fetch_file, fetch_snapshot, storing
 from geocentroids_tiler.errors import CodebookError, CodebookNotFoundError, DownloadError, InputError
+from geocentroids_tiler.exemplars import EXEMPLARS_DIR, INDEX_FILE, SHEETS_FILE
 from geocentroids_tiler.importing import (
     CONFIG_FILE,
     EMBEDDED_DIR,
@@ -52,7 +54,16 @@ __all__ = [
 GITHUB_RAW_URL = "https://raw.githubusercontent.com"
 ORIGIN_FILE = "origin.json"
 ENCODER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-CODEBOOK_PATTERNS = (MANIFEST_FILE, ARRAYS_FILE, f"{NAMES_DIR}/*.json", "exemplars/*", ENCODER_FILE, CARD_FILE)
+CODEBOOK_PATTERNS = (
+    MANIFEST_FILE,
+    ARRAYS_FILE,
+    f"{NAMES_DIR}/*.json",
+    f"{EXEMPLARS_DIR}/{SHEETS_FILE}",
+    f"{EXEMPLARS_DIR}/{INDEX_FILE}",
+    ENCODER_FILE,
+    CARD_FILE,
+    ITEM_FILE,
+)
 MAX_CODEBOOK_BYTES = 4 * 2**30
 MAX_ENCODER_BYTES = 8 * 2**30
 

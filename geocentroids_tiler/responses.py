@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ from pydantic import BaseModel
 from geocentroids_tiler.area import Area
 from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
 from geocentroids_tiler.colors import hex_color
+from geocentroids_tiler.exemplars import ExemplarImage
 from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
 from geocentroids_tiler.source import Dataset
 
+ExemplarLink = Callable[[int], str]
+"""From a class to the address of its exemplar."""
 NEIGHBOURS = 5
 """Classes that ``point`` names beside the patch's own."""
 
@@ -25,6 +29,7 @@ class ClassInfo(BaseModel):
     color: str
     name: str | None = None
     count: int | None = None
+    exemplar: str | None = None
 
 
 class Legend(BaseModel):
@@ -42,6 +47,7 @@ class Neighbour(BaseModel):
     color: str
     name: str | None = None
     similarity: float
+    exemplar: str | None = None
 
 
 class PointInfo(BaseModel):
@@ -53,7 +59,23 @@ class PointInfo(BaseModel):
     color: str | None
     name: str | None
     similarity: float | None
+    exemplar: str | None = None
     neighbours: list[Neighbour]
+
+
+class ExemplarSource(ExemplarImage):
+    """An image that an exemplar was cut from, with row and column of each patch on the image's ground grid."""
+
+    patches: list[tuple[int, int]]
+
+
+class ExemplarInfo(BaseModel):
+    """What the exemplar of a class shows: patches of one centroid, for a merged class of its heaviest."""
+
+    label: int
+    centroid: int
+    picture: str
+    images: list[ExemplarSource]
 
 
 class ClassArea(BaseModel):
@@ -105,6 +127,7 @@ class CodebookInfo(BaseModel):
     margin_patches: int
     stride_patches: int
     classes_available: bool
+    exemplars_available: bool
     similarity_range: tuple[float, float]
 
 
@@ -156,6 +179,7 @@ def codebook_info(codebook: Codebook) -> CodebookInfo:
         margin_patches=pre.margin_patches,
         stride_patches=pre.stride_patches,
         classes_available=codebook.tree is not None,
+        exemplars_available=codebook.exemplars is not None,
         similarity_range=codebook.similarity_range(),
     )
 
@@ -190,7 +214,7 @@ def image_info(dataset: Dataset, engine: LabelEngine, zooms: tuple[int, int]) ->
     )
 
 
-def legend(codebook: Codebook, classes: Classes) -> Legend:
+def legend(codebook: Codebook, classes: Classes, link: ExemplarLink) -> Legend:
     """List the classes of a codebook."""
     return Legend(
         codebook=codebook.name,
@@ -200,6 +224,7 @@ def legend(codebook: Codebook, classes: Classes) -> Legend:
                 color=hex_color(classes.colors[i]),
                 name=classes.names[i],
                 count=None if classes.counts is None else int(classes.counts[i]),
+                exemplar=_exemplar(codebook, classes, i, link),
             )
             for i in range(len(classes))
         ],
@@ -207,7 +232,12 @@ def legend(codebook: Codebook, classes: Classes) -> Legend:
 
 
 def point_info(
-    codebook: Codebook, classes: Classes, coordinates: tuple[float, float], centroid: int, similarity: float
+    codebook: Codebook,
+    classes: Classes,
+    coordinates: tuple[float, float],
+    centroid: int,
+    similarity: float,
+    link: ExemplarLink,
 ) -> PointInfo:
     """Describe the patch at a place.
 
@@ -217,6 +247,7 @@ def point_info(
         coordinates: longitude and latitude.
         centroid: the patch's label, 65535 for no data.
         similarity: how well it fits.
+        link: addresses of exemplars.
     """
     if centroid == NODATA_LABEL:
         return PointInfo(
@@ -230,11 +261,39 @@ def point_info(
         color=hex_color(classes.colors[label]),
         name=classes.names[label],
         similarity=similarity,
-        neighbours=_neighbours(codebook, classes, centroid),
+        exemplar=_exemplar(codebook, classes, label, link),
+        neighbours=_neighbours(codebook, classes, centroid, link),
     )
 
 
-def _neighbours(codebook: Codebook, classes: Classes, centroid: int) -> list[Neighbour]:
+def exemplar_info(codebook: Codebook, classes: Classes, label: int, picture: str) -> ExemplarInfo | None:
+    """Tell whose images the exemplar of a class was cut from, or return None if it has none.
+
+    Args:
+        codebook: the codebook.
+        classes: classes of its labels.
+        label: one of the classes.
+        picture: address of the exemplar.
+    """
+    centroid = int(classes.typical[label])
+    if codebook.exemplars is None or not codebook.has_exemplar(centroid):
+        return None
+    patches: dict[int, list[tuple[int, int]]] = {}
+    for image, row, col in codebook.exemplars.patches.get(centroid, ()):
+        patches.setdefault(image, []).append((row, col))
+    images = [
+        ExemplarSource(**codebook.exemplars.images[image].model_dump(), patches=places)
+        for image, places in patches.items()
+    ]
+    return ExemplarInfo(label=label, centroid=centroid, picture=picture, images=images)
+
+
+def _exemplar(codebook: Codebook, classes: Classes, label: int, link: ExemplarLink) -> str | None:
+    """Return the address of the exemplar of a class, or None if it has none."""
+    return link(label) if codebook.has_exemplar(int(classes.typical[label])) else None
+
+
+def _neighbours(codebook: Codebook, classes: Classes, centroid: int, link: ExemplarLink) -> list[Neighbour]:
     """Return the classes most like a centroid's own, each by its centroid most like it, best first."""
     seen = {int(classes.lookup[centroid])}
     found: list[Neighbour] = []
@@ -243,8 +302,16 @@ def _neighbours(codebook: Codebook, classes: Classes, centroid: int) -> list[Nei
         if label in seen:
             continue
         seen.add(label)
-        color, name = hex_color(classes.colors[label]), classes.names[label]
-        found.append(Neighbour(label=label, centroid=other, color=color, name=name, similarity=similarity))
+        found.append(
+            Neighbour(
+                label=label,
+                centroid=other,
+                color=hex_color(classes.colors[label]),
+                name=classes.names[label],
+                similarity=similarity,
+                exemplar=_exemplar(codebook, classes, label, link),
+            )
+        )
         if len(found) == NEIGHBOURS:
             break
     return found

@@ -1,6 +1,7 @@
 """The TiTiler extension: routes under the factory's prefix, wired to the service. Wiring only."""
 
 # No "from __future__ import annotations" here: FastAPI has to see the factory's types in the routes' annotations.
+import hashlib
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -25,10 +26,12 @@ from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.grid import WGS84, PatchRange, parse_crs, project
 from geocentroids_tiler.handlers import (
+    ExemplarFormat,
     NoStoreRoute,
     RasterFormat,
     area_of_feature,
     empty_tile,
+    exemplar,
     export,
     find_classes,
     find_codebook,
@@ -52,7 +55,16 @@ from geocentroids_tiler.params import (
     style_params,
 )
 from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat
-from geocentroids_tiler.responses import ImageInfo, Legend, PointInfo, image_info, legend, point_info
+from geocentroids_tiler.responses import (
+    ExemplarInfo,
+    ExemplarLink,
+    ImageInfo,
+    Legend,
+    PointInfo,
+    image_info,
+    legend,
+    point_info,
+)
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.tiles import TileCache, TileKey, check_zoom, draw_tile, tile_view
 from geocentroids_tiler.wmts import capabilities
@@ -68,6 +80,18 @@ _TILE_ANSWER: dict[str, Any] = {
     "responses": {
         200: {"content": {"image/png": {}, "image/webp": {}}, "description": "The tile."},
         304: {"description": "The tile is the one that the client has."},
+    },
+}
+_NOT_FOR_EXEMPLARS = {"url", "bidx", "rescale"}
+"""Parameters of an image; an exemplar belongs to the codebook."""
+
+_EXEMPLAR_MEDIA_TYPE: Mapping[ExemplarFormat, str] = {"webp": "image/webp", "json": "application/json"}
+_EXEMPLAR_ANSWER: dict[str, Any] = {
+    "response_class": Response,
+    "responses": {
+        200: {"model": ExemplarInfo, "content": {"image/webp": {}}, "description": "The picture, or what it shows."},
+        304: {"description": "It is the one that the client has."},
+        404: {"description": "The class has no exemplar."},
     },
 }
 _RASTER_ANSWER: dict[str, Any] = {
@@ -145,6 +169,7 @@ class ClassTilerFactory(TilerFactory):
         self.part()
         self.statistics()
         self.legend()
+        self.exemplar()
 
     def _route(self, operation: str, answer: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
         return {"operation_id": f"{self.operation_prefix}{operation}", **answer}
@@ -161,6 +186,13 @@ class ClassTilerFactory(TilerFactory):
         """Raise InputError if tiles cannot be drawn that way."""
         look.style(codebook)
         await find_classes(self.service, codebook, look.classes)
+
+    def _exemplar_link(self, request: Request) -> ExemplarLink:
+        """Return what gives the address of a class's exemplar, with the parameters of the request that matter to it."""
+        query = urlencode([item for item in request.query_params.multi_items() if item[0] not in _NOT_FOR_EXEMPLARS])
+        address = self.url_for(request, "exemplar", label="{label}", format="webp") + (f"?{query}" if query else "")
+        before, after = address.split("{label}", 1)
+        return lambda label: f"{before}{label}{after}"
 
     def tile(self) -> None:
         """Register /tiles."""
@@ -373,6 +405,7 @@ class ClassTilerFactory(TilerFactory):
 
         @self.router.get("/point/{lon},{lat}", response_model=PointInfo, **self._route("getPoint"))
         async def point(
+            request: Request,
             lon: Annotated[float, Path(ge=-180, le=180, description="Longitude in degrees.")],
             lat: Annotated[float, Path(ge=-90, le=90, description="Latitude in degrees.")],
             url: str = Depends(self.path_dependency),
@@ -382,16 +415,17 @@ class ClassTilerFactory(TilerFactory):
             """Return the class of the patch at a place, how well it fits, and what else it is like."""
             codebook, dataset, engine = await open_all(service, url, read)
             merged = await find_classes(service, codebook, classes)
+            link = self._exemplar_link(request)
             x, y = project(WGS84, dataset.grid.crs, lon, lat)
             patch = PatchRange(0, 0, 0, 0)
             if np.isfinite(x) and np.isfinite(y):
                 row, col = (int(value) for value in dataset.grid.patch_of(x, y))
                 patch = PatchRange(row, row + 1, col, col + 1).intersect(dataset.footprint)
             if patch.empty:
-                return point_info(codebook, merged, (lon, lat), NODATA_LABEL, 0.0)
+                return point_info(codebook, merged, (lon, lat), NODATA_LABEL, 0.0, link)
             block = await engine.block_async(dataset, patch)
             label, similarity = int(block.labels[0, 0]), float(block.similarity[0, 0])
-            return await run(service.working, point_info, codebook, merged, (lon, lat), label, similarity)
+            return await run(service.working, point_info, codebook, merged, (lon, lat), label, similarity, link)
 
     def part(self) -> None:
         """Register /bbox and /feature."""
@@ -463,8 +497,40 @@ class ClassTilerFactory(TilerFactory):
 
         @self.router.get("/legend", name="legend", response_model=Legend, **self._route("getLegend"))
         async def legend_(
-            read: ReadParams = Depends(read_params), classes: int | None = Depends(classes_param)
+            request: Request,
+            read: ReadParams = Depends(read_params),
+            classes: int | None = Depends(classes_param),
         ) -> Legend:
-            """Return the classes of a codebook with colours, names and counts."""
+            """Return the classes of a codebook with colours, names, counts and exemplars."""
             codebook = await find_codebook(service, read)
-            return legend(codebook, await find_classes(service, codebook, classes))
+            merged = await find_classes(service, codebook, classes)
+            return await run(service.working, legend, codebook, merged, self._exemplar_link(request))
+
+    def exemplar(self) -> None:
+        """Register /exemplars."""
+        service = self.service
+
+        @self.router.get("/exemplars/{label}.{format}", name="exemplar", **self._route("getExemplar", _EXEMPLAR_ANSWER))
+        async def exemplar_(
+            request: Request,
+            label: Annotated[int, Path(ge=0, lt=NODATA_LABEL, description="A label, or a class with classes=N.")],
+            format: ExemplarFormat,
+            read: ReadParams = Depends(read_params),
+            classes: int | None = Depends(classes_param),
+        ) -> Response:
+            """Return a small picture of typical patches of a class, or as JSON whose images these were cut from."""
+            codebook = await find_codebook(service, read)
+            merged = await find_classes(service, codebook, classes)
+            link = self._exemplar_link(request)
+            content = await run(service.working, exemplar, codebook, merged, label, link, format)
+            if content is None:
+                raise HTTPException(404, f"codebook {codebook.name!r} has no exemplar of class {label}")
+            headers = {
+                "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"',
+                "Cache-Control": service.settings.cache_control,
+                # The file may come from anybody: a browser must not take it for anything but a picture.
+                "X-Content-Type-Options": "nosniff",
+            }
+            if headers["ETag"] in request.headers.get("if-none-match", ""):
+                return Response(status_code=304, headers=headers)
+            return Response(content, media_type=_EXEMPLAR_MEDIA_TYPE[format], headers=headers)

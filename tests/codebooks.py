@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from safetensors.numpy import save_file
 
 from geocentroids_tiler.codebook import AssignmentSection, Codebook, EncoderSection, Manifest, PreprocessSection
 
@@ -44,3 +50,26 @@ def make_codebook(
         tree=linkage,
         names={None: {0: "road", 3: "Wiese äöü"}, 4: {1: "forest"}},
     )
+
+
+def sheet_color(label: int) -> tuple[int, int, int]:
+    """Return the colour of the sheet that ``write_exemplars`` writes for a label."""
+    return 10 * (label % 25), 40 + label % 200, 255 - 10 * (label // 25)
+
+
+def write_exemplars(folder: Path, labels: Iterable[int]) -> Path:
+    """Write sheets of one colour each, two patches each of two images, and their index."""
+    folder.mkdir()
+    sheets, patches = {}, {}
+    for label in labels:
+        content = io.BytesIO()
+        Image.new("RGB", (192, 48), sheet_color(label)).save(content, "WEBP", lossless=True)
+        sheets[str(label)] = np.frombuffer(content.getvalue(), np.uint8)
+        patches[str(label)] = [[0, -label, 5], [1, 7, label], [0, -label, 9]]
+    save_file(sheets, folder / "sheets.safetensors")
+    images = [
+        {"image": "a.tif", "licence": "CC BY 4.0", "attribution": "Anna Ä", "url": "https://anna.example/a"},
+        {"image": "b/c.tif", "licence": "", "attribution": "", "url": ""},
+    ]
+    (folder / "index.json").write_text(json.dumps({"images": images, "patches": patches}))
+    return folder

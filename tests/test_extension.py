@@ -235,6 +235,7 @@ class TestTheHostsOwnRoutes:
                 "/feature.{format}",
                 "/statistics",
                 "/legend",
+                "/exemplars/{label}.{format}",
             )
         }
 

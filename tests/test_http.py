@@ -1288,10 +1288,11 @@ class TestAround:
             "color": "#{:02x}{:02x}{:02x}".format(*COLORS[5]),
             "name": "Wiese äöü",
             "count": int(codebook.counts[5]),
+            "exemplar": None,
         }
         assert len(found["classes"]) == K
         bare = app.client.get(f"{API}/legend", params={"codebook": "bare"}).json()["classes"]
-        assert bare[5] == {"label": 5, "color": found["classes"][5]["color"], "name": None, "count": None}
+        assert bare[5] == {**found["classes"][5], "name": None, "count": None}
 
     def test_info(self, app: App, truth: Callable[..., Truth]) -> None:
         t = truth()

@@ -17,9 +17,10 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import huggingface_hub
 import numpy as np
 import pytest
-from codebooks import make_codebook, make_manifest
+from codebooks import make_codebook, make_manifest, write_exemplars
 from hub_standin import COMMIT, StandIn, git_blob, serve_stand_in
 from huggingface_hub import file_download
+from safetensors.numpy import load
 
 from geocentroids_tiler import download, hub, importing
 from geocentroids_tiler.codebook import (
@@ -490,9 +491,17 @@ def publish(
     server: StandIn, tmp_path: Path, name: str = "sample", repo_id: str = "Owner/Sample", **changes: Any
 ) -> Path:
     """Put a codebook and its encoder on the server."""
-    path = installed(tmp_path / f"made-{len(server.repos)}", name, **changes)
+    path = tmp_path / f"made-{len(server.repos)}" / name
+    exemplars = write_exemplars(tmp_path / f"exemplars-{len(server.repos)}", [0, 3])
+    save_codebook(
+        make_codebook(name, **changes),
+        path,
+        card="# Sample\n",
+        exemplars=exemplars,
+        extra={"item.json": json.dumps({"id": name})},
+    )
     files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    files |= {"exemplars/0.png": b"png", "weights.pkl": b"a pickle", ".gitattributes": b"", "names/notes.txt": b"x"}
+    files |= {"exemplars/0.webp": b"webp", "weights.pkl": b"a pickle", ".gitattributes": b"", "names/notes.txt": b"x"}
     server.repos[repo_id] = files
     server.repos["owner/encoder"] = {"config.json": b"{}", "model.safetensors": WEIGHTS}
     return path
@@ -511,10 +520,16 @@ def test_pulls_a_repository(server: StandIn, remotes: Remotes, library: Path, tm
         "arrays.safetensors",
         "README.md",
         "origin.json",
-        "exemplars/0.png",
+        "item.json",
+        "exemplars/sheets.safetensors",
+        "exemplars/index.json",
         "names/labels.json",
         "names/classes-4.json",
     }
+    assert json.loads((codebook.path / "item.json").read_text()) == {"id": "sample"}
+    assert codebook.exemplars is not None
+    published = load(server.repos["Owner/Sample"]["exemplars/sheets.safetensors"])
+    assert codebook.exemplars.read(3) == published["3"].tobytes()
     assert find_codebook("Owner/Sample", library).digest == codebook.digest
     assert find_codebook("sample", library).digest == codebook.digest
     origin = json.loads((codebook.path / "origin.json").read_text())
@@ -565,7 +580,9 @@ def test_failed_encoder_keeps_what_was_fetched(
         ({"codebook.json": b"{}"}, CodebookError, "format None"),
         ({"arrays.safetensors": b"junk"}, CodebookError, "not a readable safetensors"),
         ({"names/../../x.json": b"{}"}, DownloadError, "'names/../../x.json'; such names are refused"),
-        ({"exemplars/a b": b""}, DownloadError, "such names are refused"),
+        ({"names/a b.json": b"{}"}, DownloadError, "such names are refused"),
+        ({"exemplars/sheets.safetensors": b"junk"}, CodebookError, "sheets.safetensors is not a readable safetensors"),
+        ({"exemplars/index.json": None}, CodebookError, "index.json is missing"),
     ],
 )
 def test_bad_repository_installs_nothing(

@@ -8,6 +8,7 @@ import pytest
 import rasterio
 from hypothesis import given
 from hypothesis import strategies as st
+from rasterio.env import get_gdal_config
 
 from geocentroids_tiler.errors import GeocentroidsError, SourceRefusedError, SourceUnavailableError
 from geocentroids_tiler.source import gdal_options, resolve_source
@@ -233,3 +234,8 @@ def test_options_are_known_to_gdal_as_strings_and_numbers() -> None:
         assert env.options["GDAL_HTTP_TIMEOUT"] == 3
         assert env.options["GDAL_DISABLE_READDIR_ON_OPEN"] == "EMPTY_DIR"
     assert gdal_options(0.1)["GDAL_HTTP_TIMEOUT"] == 1  # 0 means no limit
+
+
+def test_gdals_cache_of_blocks_is_large_enough_for_windows_and_bounded() -> None:
+    with rasterio.Env(**gdal_options(5)):  # rasterio takes bytes where GDAL's own option takes MB
+        assert get_gdal_config("GDAL_CACHEMAX") == 256 * 2**20

@@ -75,6 +75,19 @@ def tile_png(z: int, x: int, y: int, classes: bool) -> bytes:
     return buffer.getvalue()
 
 
+CREDITS = [
+    {"image": "a.tif", "attribution": "Anna", "licence": "CC BY 4.0", "url": "https://anna.example/"},
+    {"image": "b.tif", "attribution": "", "licence": "", "url": ""},
+]
+
+
+def sheet_png(label: int) -> bytes:
+    """A picture of typical patches; that it is no WebP matters to nobody here."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (192, 48), LABELS[label % len(LABELS)][0]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @dataclass
 class Backend:
     """Answers of the stand-in that a test may change, and what it was asked."""
@@ -84,6 +97,7 @@ class Backend:
     delay_s: dict[str, float] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     posted: list[dict[str, Any]] = field(default_factory=list)
+    exemplars: bool = False
     origin: str = ""
 
     def page(self, **params: str) -> str:
@@ -109,6 +123,9 @@ class Backend:
         if tile:
             z, x, y = (int(part) for part in tile.groups()[1:4])
             return 200, tile_png(z, x, y, classes=tile[1] != "/cog")
+        exemplar = re.fullmatch(r"/cog/geocentroids/exemplars/(\d+)\.(webp|json)", path)
+        if exemplar:
+            return 200, sheet_png(int(exemplar[1])) if exemplar[2] == "webp" else {"images": CREDITS}
         point = re.fullmatch(r"/cog/geocentroids/point/(.+),(.+)", path)
         if point:
             return 200, self.point(float(point[1]), float(point[2]))
@@ -123,7 +140,10 @@ class Backend:
                 maxzoom=CLASS_MAXZOOM,
                 attribution='<a href="http://elsewhere.example">Imagery</a> &copy; Someone',
             ),
-            "/cog/geocentroids/info": lambda: {"warnings": [], "codebook": {"classes_available": True}},
+            "/cog/geocentroids/info": lambda: {
+                "warnings": [],
+                "codebook": {"classes_available": True, "exemplars_available": self.exemplars},
+            },
             "/cog/geocentroids/statistics": self.statistics,
             "/geocentroids/codebooks": lambda: {
                 "codebooks": [
@@ -137,7 +157,9 @@ class Backend:
     def point(self, lon: float, lat: float) -> dict[str, Any]:
         def described(label: int, similarity: float) -> dict[str, Any]:
             color, name = LABELS[label]
-            return {"label": label, "color": color, "name": name, "similarity": similarity}
+            address = f"{self.origin}/cog/geocentroids/exemplars/{label}.webp?codebook=nano"
+            exemplar = address if self.exemplars else None
+            return {"label": label, "color": color, "name": name, "similarity": similarity, "exemplar": exemplar}
 
         label = int(label_at(lon, lat))
         others = [described((label + n) % len(LABELS), 0.83 - n / 10) for n in (1, 2, 3)]
@@ -367,6 +389,70 @@ def test_click_shows_label_and_similarity(page: Any, backend: Backend) -> None:
     assert "highlight" not in page.url
 
 
+def test_click_shows_typical_patches(page: Any, backend: Backend) -> None:
+    backend.exemplars = True
+    open_image(page, backend)
+    click_map(page)
+    label = int(re.search(r"Label (\d+)", page.locator(".picked").inner_text())[1])
+    picture = page.locator("#pick figure img")
+    assert picture.get_attribute("src") == f"{backend.origin}/cog/geocentroids/exemplars/{label}.webp?codebook=nano"
+    assert picture.get_attribute("alt").startswith(f"Typical patches of {LABELS[label][1] or f'Class {label}'}")
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 192
+    box = picture.bounding_box()
+    assert box["width"] == pytest.approx(4 * box["height"], abs=1)
+    page.get_by_text("Typical patches. Images: Anna (CC BY 4.0), b.tif").wait_for()
+    assert page.locator("#pick figure a").get_attribute("href") == "https://anna.example/"
+    assert "classes" not in backend.paths(r"/exemplars/\d+\.json")[-1]
+
+
+def test_rows_show_typical_patches_when_pointed_at(page: Any, backend: Backend) -> None:
+    backend.exemplars = True
+    open_image(page, backend, classes="8")
+    click_map(page)
+    page.locator("#stats-button").click()
+    page.locator("#stats .class-row").first.wait_for()
+    rows, pictures = page.locator(".class-row"), page.locator(".class-row img")
+    assert rows.count() == pictures.count() == 13
+    assert "/exemplars/0.webp?codebook=nano&classes=8" in pictures.nth(3).get_attribute("src")
+    for number in (0, 3):
+        page.mouse.move(1000, 10)
+        small = pictures.nth(number).bounding_box()
+        rows.nth(number).hover()
+        large = pictures.nth(number).bounding_box()
+        assert (small["width"], large["width"], large["height"]) == (28, 256, 64)
+        assert large["x"] >= 0
+        assert large["x"] + large["width"] < 352, "within the panel"
+        assert page.evaluate("document.querySelector('.panel').scrollWidth") <= 352
+        page.mouse.move(1000, 10)
+        page.keyboard.press("Tab")  # focus that came with the keyboard shows it too
+        rows.nth(number).focus()
+        assert pictures.nth(number).bounding_box()["width"] == 256
+        page.evaluate("document.activeElement.blur()")
+        assert pictures.nth(number).bounding_box()["width"] == 28
+
+
+def test_pictures_that_are_missing_leave_nothing_behind(page: Any, backend: Backend) -> None:
+    backend.exemplars = True
+    backend.answers["/exemplars/"] = (404, {"detail": "codebook 'nano' has no exemplar of class 1"})
+    open_image(page, backend)
+    click_map(page)
+    page.locator("#stats-button").click()
+    page.locator("#stats .class-row").first.wait_for()
+    playwright_api.expect(page.locator("figure, .peek, .exemplar")).to_have_count(0)
+    assert page.locator(".picked").is_visible()
+    assert page.locator("#pick .error").count() == 0
+
+
+def test_without_exemplars_none_are_asked_for(page: Any, backend: Backend) -> None:
+    open_image(page, backend)
+    click_map(page)
+    page.locator("#stats-button").click()
+    page.locator("#stats .class-row").first.wait_for()
+    settle(page, backend)
+    assert backend.paths("/exemplars/") == []
+    assert page.locator("figure, .peek").count() == 0
+
+
 def test_click_without_data(page: Any, backend: Backend) -> None:
     backend.answers["/point/"] = (200, {"coordinates": [0, 0], "label": None, "color": None, "neighbours": []})
     open_image(page, backend)
@@ -560,6 +646,8 @@ def test_classes_show_when_another_route_fails(page: Any, backend: Backend, brok
 
 def test_hostile_text_stays_text(page: Any, backend: Backend) -> None:
     hostile = {"label": 1, "color": "url(http://evil.example/)", "name": HOSTILE, "similarity": 0.5}
+    hostile["exemplar"] = "javascript:document.title='owned'"
+    backend.answers[r"/exemplars/1\.json"] = (200, {"images": [{"image": HOSTILE, "url": hostile["exemplar"]}]})
     backend.answers["/point/"] = (200, {**hostile, "neighbours": [hostile]})
     backend.answers["/info$"] = (200, {"warnings": [HOSTILE], "codebook": {}})
     backend.answers["/codebooks$"] = (200, {"codebooks": [{"name": HOSTILE, "title": HOSTILE}]})

@@ -81,17 +81,16 @@ def classify(
                 window = Window(0, block.patches.row_start - footprint.row_start, *block.patches.shape[::-1])
                 raster.write(classes.of_labels(block.labels), 1, window=window)
             _describe(raster, engine.codebook, classes)
-        with rasterio.Env(GDAL_CACHEMAX=64):
-            copy_raster(
-                plain,
-                cog,
-                driver="COG",
-                compress="DEFLATE",
-                predictor="YES",
-                overview_resampling="MODE",
-                blocksize=_BLOCK,
-                overviews="IGNORE_EXISTING",
-            )
+        copy_raster(
+            plain,
+            cog,
+            driver="COG",
+            compress="DEFLATE",
+            predictor="YES",
+            overview_resampling="MODE",
+            blocksize=_BLOCK,
+            overviews="IGNORE_EXISTING",
+        )
         cog.replace(destination)
 
 

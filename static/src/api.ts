@@ -2,7 +2,7 @@
 import type { Config } from "./config";
 import { ring } from "./geo";
 import type { State } from "./state";
-import type { Bounds, ClassArea, Codebook, Info, Neighbour, PointAnswer, Statistics, TileJson } from "./types";
+import type { Bounds, ClassArea, Codebook, Credit, Info, Neighbour, PointAnswer, Statistics, TileJson } from "./types";
 
 /** The only tile matrix set that a web map shows. */
 const TMS = "WebMercatorQuad";
@@ -83,6 +83,12 @@ export function pointUrl(config: Config, state: State, lon: number, lat: number)
   return `${config.endpoint}/point/${lon.toFixed(7)},${lat.toFixed(7)}${query(labels(state))}`;
 }
 
+/** @param format The picture, or whose images it was cut from. */
+export function exemplarUrl(config: Config, state: State, label: number, format: "webp" | "json"): string {
+  const params = { codebook: state.codebook, classes: state.classes };
+  return `${config.endpoint}/exemplars/${label}.${format}${query(params)}`;
+}
+
 export function statisticsUrl(config: Config, state: State): string {
   return `${config.endpoint}/statistics${query(labels(state))}`;
 }
@@ -103,6 +109,12 @@ export async function fetchPoint(
   config: Config, state: State, lon: number, lat: number, signal: AbortSignal,
 ): Promise<PointAnswer> {
   return parsePoint(await request(pointUrl(config, state, lon, lat), { signal }));
+}
+
+export async function fetchCredits(
+  config: Config, state: State, label: number, signal: AbortSignal,
+): Promise<Credit[]> {
+  return parseCredits(await request(exemplarUrl(config, state, label, "json"), { signal }));
 }
 
 /** Asks for the area of each class within `bounds`. */
@@ -181,6 +193,7 @@ export function parseInfo(raw: unknown): Info {
   return {
     warnings: list(warnings).filter((warning): warning is string => typeof warning === "string"),
     classesAvailable: record(codebook).classes_available !== false,
+    exemplarsAvailable: record(codebook).exemplars_available === true,
   };
 }
 
@@ -203,8 +216,23 @@ export function parseCodebooks(raw: unknown): Codebook[] {
 export function parsePoint(raw: unknown): PointAnswer {
   return {
     found: neighbour(raw),
+    credits: [],
     neighbours: list(record(raw).neighbours).flatMap((item) => neighbour(item) ?? []),
   };
+}
+
+/** Whom to name for an exemplar: each once, with the licence; where nobody is stated, the image. */
+export function parseCredits(raw: unknown): Credit[] {
+  const credits = list(record(raw).images).map((item) => {
+    const { image, attribution, licence, url } = record(item);
+    const whom = text(attribution) ?? text(image) ?? "";
+    return {
+      text: text(licence) === null ? whom : `${whom} (${text(licence)})`,
+      url: webAddress(url),
+    };
+  });
+  const named = credits.filter((credit) => credit.text !== "");
+  return [...new Map(named.map((credit) => [credit.text, credit])).values()];
 }
 
 /** @param raw A GeoJSON feature, or a collection of one. */
@@ -224,7 +252,7 @@ export function parseStatistics(raw: unknown): Statistics {
 }
 
 function neighbour(raw: unknown): Neighbour | null {
-  const { label, color, name, similarity } = record(raw);
+  const { label, color, name, similarity, exemplar } = record(raw);
   const known = number(label);
   if (known === null) return null;
   const safe = text(color);
@@ -232,6 +260,7 @@ function neighbour(raw: unknown): Neighbour | null {
     label: known,
     color: safe !== null && /^#[0-9a-f]{6}$/i.test(safe) ? safe : "#808080",
     name: text(name),
+    exemplar: webAddress(exemplar),
     similarity: number(similarity),
   };
 }
@@ -246,6 +275,10 @@ function list(raw: unknown): unknown[] {
 
 function number(raw: unknown): number | null {
   return typeof raw === "number" && Number.isFinite(raw) ? raw : null;
+}
+
+function webAddress(raw: unknown): string | null {
+  return typeof raw === "string" && /^https?:\/\//i.test(raw) ? raw : null;
 }
 
 function text(raw: unknown): string | null {

@@ -15,6 +15,7 @@ interface Dataset {
   readonly image: TileJson | null;
   readonly classes: TileJson;
   readonly classesAvailable: boolean;
+  readonly exemplarsAvailable: boolean;
 }
 
 const LAYER_HINTS: Record<Layer, string> = {
@@ -182,6 +183,7 @@ class Viewer {
       image: image.status === "fulfilled" ? this.#sameScheme(image.value) : null,
       classes: this.#sameScheme(classes.value),
       classesAvailable: info.status === "rejected" || info.value.classesAvailable,
+      exemplarsAvailable: info.status === "fulfilled" && info.value.exemplarsAvailable,
     };
   }
 
@@ -223,8 +225,15 @@ class Viewer {
     this.#maps.mark([lon, lat]);
     show({ kind: "busy" });
     byId("pick-section").scrollIntoView({ block: "nearest", behavior: "smooth" });
+    const { signal } = this.#picking;
     try {
-      show({ kind: "done", answer: await api.fetchPoint(this.#config, this.#state, lon, lat, this.#picking.signal) });
+      const answer = await api.fetchPoint(this.#config, this.#state, lon, lat, signal);
+      show({ kind: "done", answer });
+      const { found } = answer;
+      if (found !== null && found.exemplar !== null) {
+        const credits = await api.fetchCredits(this.#config, this.#state, found.label, signal).catch(() => []);
+        if (!signal.aborted) show({ kind: "done", answer: { ...answer, credits } });
+      }
     } catch (reason) {
       if (!api.isAbort(reason)) show({ kind: "error", sentence: sentence(reason) });
     }
@@ -245,10 +254,16 @@ class Viewer {
     this.#showStatistics({ kind: "busy" });
     try {
       const answer = await api.fetchStatistics(this.#config, this.#state, bounds, signal);
-      this.#showStatistics({ kind: "done", answer });
+      const classes = answer.classes.map((each) => ({ ...each, exemplar: this.#exemplar(each.label) }));
+      this.#showStatistics({ kind: "done", answer: { ...answer, classes } });
     } catch (reason) {
       this.#showStatistics(api.isAbort(reason) ? { kind: "none" } : { kind: "error", sentence: sentence(reason) });
     }
+  }
+
+  /** Statistics name no exemplars, as there may be thousands of classes in an answer that people keep. */
+  #exemplar(label: number): string | null {
+    return this.#dataset?.exemplarsAvailable ? api.exemplarUrl(this.#config, this.#state, label, "webp") : null;
   }
 
   #showStatistics(progress: panel.Progress<Statistics>): void {

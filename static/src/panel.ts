@@ -1,7 +1,8 @@
 /** What the panel's sections show. Each function replaces the content of the element it is given. */
+import { sameScheme } from "./config";
 import { el, fill } from "./dom";
 import { formatArea, formatCount, formatPosition, formatShare } from "./format";
-import type { ClassRef, Codebook, PointAnswer, Statistics } from "./types";
+import type { ClassRef, Codebook, Credit, PointAnswer, Statistics } from "./types";
 
 const TOP = 10;
 
@@ -34,6 +35,22 @@ function swatch(color: string): HTMLElement {
   return square;
 }
 
+/** The picture of typical patches; one that cannot be loaded goes away. */
+function exemplar({ exemplar: address }: ClassRef, alt: string): HTMLImageElement | null {
+  if (address === null) return null;
+  const size = { width: "192", height: "48", loading: "lazy", decoding: "async" };
+  const image = el("img", { class: "exemplar", attributes: { alt, ...size } });
+  image.addEventListener("error", () => (image.closest(".peek, figure") ?? image).remove());
+  image.src = sameScheme(address, location.href);
+  return image;
+}
+
+/** A small part of the picture, which a row shows whole while it is pointed at or focused. */
+function peek(ref: ClassRef): HTMLElement | null {
+  const image = exemplar(ref, "");
+  return image && el("span", { class: "peek" }, image);
+}
+
 /** A line of a list: the class, its value, a bar, and a press highlights it. */
 function classRow(ref: ClassRef, value: string, share: number | null, highlighting: Highlighting): HTMLElement {
   const pressed = highlighting.label === ref.label;
@@ -49,7 +66,7 @@ function classRow(ref: ClassRef, value: string, share: number | null, highlighti
       onClick: () => highlighting.toggle(ref.label),
     },
     swatch(ref.color),
-    el("span", { class: "class-name" }, title(ref)),
+    el("span", { class: "class-name" }, peek(ref), title(ref)),
     el("span", { class: "class-value" }, value),
   );
   button.disabled = !highlighting.available;
@@ -75,7 +92,7 @@ export function renderPick(root: HTMLElement, picked: Picked | null, highlightin
   else fill(root, ...pickedClass(progress.answer, highlighting), place);
 }
 
-function pickedClass({ found, neighbours }: PointAnswer, highlighting: Highlighting): HTMLElement[] {
+function pickedClass({ found, credits, neighbours }: PointAnswer, highlighting: Highlighting): HTMLElement[] {
   if (found === null) return [el("p", { class: "pick-empty" }, "No data here.")];
   const similarity = found.similarity === null ? null : found.similarity.toFixed(2);
   const heading = el(
@@ -94,6 +111,10 @@ function pickedClass({ found, neighbours }: PointAnswer, highlighting: Highlight
     ),
   );
   const parts: HTMLElement[] = [heading];
+  const picture = exemplar(found, `Typical patches of ${title(found)}, each in the middle of what surrounds it`);
+  if (picture !== null) {
+    parts.push(el("figure", {}, picture, el("figcaption", { class: "hint" }, "Typical patches", ...credited(credits))));
+  }
   if (highlighting.available) {
     const box = el("input", { attributes: { type: "checkbox", id: "highlight-toggle" } });
     box.checked = highlighting.label === found.label;
@@ -105,6 +126,13 @@ function pickedClass({ found, neighbours }: PointAnswer, highlighting: Highlight
     parts.push(el("h3", {}, "Most similar classes"), el("ul", { class: "class-list" }, ...rows));
   }
   return parts;
+}
+
+function credited(credits: readonly Credit[]): (Node | string)[] {
+  return credits.flatMap(({ text, url }, index) => [
+    index === 0 ? ". Images: " : ", ",
+    url === null ? text : el("a", { attributes: { href: url, target: "_blank", rel: "noopener noreferrer" } }, text),
+  ]);
 }
 
 /** @param moved Whether the map has moved since the area was measured. */

@@ -14,6 +14,8 @@ export interface TileJson {
 export interface Info {
   readonly warnings: readonly string[];
   readonly classesAvailable: boolean;
+  /** Whether the codebook has pictures of typical patches. */
+  readonly exemplarsAvailable: boolean;
 }
 
 export interface Codebook {
@@ -30,14 +32,24 @@ export interface ClassRef {
   readonly label: number;
   readonly color: string;
   readonly name: string | null;
+  /** Address of a picture of typical patches. */
+  readonly exemplar: string | null;
 }
 
 export interface Neighbour extends ClassRef {
   readonly similarity: number | null;
 }
 
+/** Whom to name for a picture; `url` is a web address or null. */
+export interface Credit {
+  readonly text: string;
+  readonly url: string | null;
+}
+
 export interface PointAnswer {
   readonly found: Neighbour | null;
+  /** Whose images the exemplar was cut from. */
+  readonly credits: readonly Credit[];
   readonly neighbours: readonly Neighbour[];
 }
 

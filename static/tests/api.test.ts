@@ -89,8 +89,10 @@ test("info: warnings and whether classes can be merged", () => {
   assert.deepEqual(api.parseInfo({ warnings: ["coarse", 3], codebook: { classes_available: false } }), {
     warnings: ["coarse"],
     classesAvailable: false,
+    exemplarsAvailable: false,
   });
   assert.equal(api.parseInfo({}).classesAvailable, true);
+  assert.equal(api.parseInfo({ codebook: { exemplars_available: true } }).exemplarsAvailable, true);
 });
 
 test("codebooks in each form they may come in", () => {
@@ -107,10 +109,34 @@ test("codebooks in each form they may come in", () => {
 test("a point without a label has no class", () => {
   const point = { coordinates: [1, 2], label: 0, color: "#A0b1C2", name: null, similarity: 0.5, neighbours: [{ label: 3 }] };
   assert.deepEqual(api.parsePoint(point), {
-    found: { label: 0, color: "#A0b1C2", name: null, similarity: 0.5 },
-    neighbours: [{ label: 3, color: "#808080", name: null, similarity: null }],
+    found: { label: 0, color: "#A0b1C2", name: null, exemplar: null, similarity: 0.5 },
+    credits: [],
+    neighbours: [{ label: 3, color: "#808080", name: null, exemplar: null, similarity: null }],
   });
+  assert.equal(api.parsePoint({ ...point, exemplar: "data:image/webp;base64," }).found?.exemplar, null);
+  assert.equal(api.parsePoint({ ...point, exemplar: "http://host/3.webp" }).found?.exemplar, "http://host/3.webp");
   assert.equal(api.parsePoint({ label: null }).found, null);
+});
+
+test("addresses of exemplars name what the label depends on", () => {
+  assert.equal(
+    api.exemplarUrl(config, { ...state, url: "a.tif", codebook: null }, 3, "webp"),
+    "http://host/cog/geocentroids/exemplars/3.webp",
+  );
+  assert.equal(
+    api.exemplarUrl(config, { ...state, classes: 8, highlight: 1 }, 3, "json"),
+    "http://host/cog/geocentroids/exemplars/3.json?codebook=nano&classes=8",
+  );
+});
+
+test("credits: each once, an image without a name for itself, and links to the web only", () => {
+  const anna = { image: "a.tif", attribution: "Anna", licence: "CC BY 4.0", url: "https://anna.example/" };
+  const images = [anna, { ...anna, image: "b.tif" }, { image: "c.tif", url: "javascript:alert(1)" }, null];
+  assert.deepEqual(api.parseCredits({ images }), [
+    { text: "Anna (CC BY 4.0)", url: "https://anna.example/" },
+    { text: "c.tif", url: null },
+  ]);
+  assert.deepEqual(api.parseCredits(null), []);
 });
 
 test("a colour that is none does not reach the page's styles", () => {
