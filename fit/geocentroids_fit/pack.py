@@ -1,27 +1,26 @@
-"""From centroids, colours and tree to a codebook directory with its encoder and its model card."""
+"""From clusters and colours to a codebook directory in format 1, with its card and a STAC item."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import JsonValue, ValidationError
 
-from geocentroids_fit.cluster import Clustering, similarities
-from geocentroids_fit.color import Coloring
-from geocentroids_fit.extract import Features
+from geocentroids_fit.clusters import Clusters
+from geocentroids_fit.config import CodebookConfig, FitConfig
+from geocentroids_fit.exemplars import ImageSource
+from geocentroids_fit.shards import FeatureSettings, FeatureStore
 from geocentroids_tiler.codebook import (
-    ENCODER_FILE,
     AssignmentSection,
     Codebook,
     EncoderSection,
     Manifest,
     Metric,
     PreprocessSection,
-    save_codebook,
     validation_problems,
 )
 from geocentroids_tiler.errors import InputError
@@ -30,29 +29,8 @@ SIMILARITY_PERCENTILES = (1.0, 99.0)
 """Training similarities drawn as the ends of the ramp of layer=similarity."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What a codebook is called and who has to be named.
-
-    Attributes:
-        name: by which it is known; lower case letters, digits and ``._-``.
-        version: of the codebook.
-        title: one line.
-        licence: of centroids and encoder together.
-        attribution: one line for the corner of a map.
-        region: where the images lie, in words.
-    """
-
-    name: str
-    version: str
-    title: str
-    licence: str
-    attribution: str
-    region: str
-
-
 def make_manifest(
-    identity: Identity,
+    identity: CodebookConfig,
     encoder: EncoderSection,
     preprocess: PreprocessSection,
     metric: Metric,
@@ -80,79 +58,98 @@ def make_manifest(
         raise InputError(f"not a codebook: {validation_problems(error)}") from error
 
 
-def draft_codebook(manifest: Manifest) -> Codebook:
+def draft_codebook(settings: FeatureSettings) -> Codebook:
     """Return a codebook of one centroid, to open images with before there are others."""
-    centroids = np.ones((1, manifest.encoder.dim), np.float32)
+    manifest = make_manifest(CodebookConfig(name="draft"), settings.encoder, settings.preprocess, "l2")
+    centroids = np.ones((1, settings.encoder.dim), np.float32)
     return Codebook(manifest=manifest, centroids=centroids, colors=np.zeros((1, 3), np.uint8))
 
 
-def training_record(
-    features: Features, clustering: Clustering, coloring: Coloring, *, region: str, seed: int
-) -> dict[str, JsonValue]:
-    """Return what ``codebook.json`` tells of how the codebook was made."""
-    return {
-        "images": len(features.images),
-        "features": len(features),
-        "region": region,
-        "seed": seed,
-        "inertia": round(clustering.inertia, 4),
-        "iterations": clustering.iterations,
-        "color_rank_correlation": round(coloring.score.rank_correlation, 4),
-        "color_neighbours_at_15": round(coloring.score.neighbours, 4),
-    }
-
-
-def typical_similarities(features: Features, clustering: Clustering, metric: Metric) -> tuple[float, float]:
+def typical_similarities(clusters: Clusters) -> tuple[float, float]:
     """Return the similarities that all but the worst and best fitting hundredth of the features lie between."""
-    values = similarities(features.tokens, clustering, metric)
-    low, high = (round(float(value), 4) for value in np.percentile(values, SIMILARITY_PERCENTILES))
+    low, high = (round(float(value), 4) for value in np.percentile(clusters.similarity, SIMILARITY_PERCENTILES))
     return (low, high) if low < high else (low - 1e-3, low)
 
 
-def write_codebook(
-    out: Path,
-    manifest: Manifest,
-    clustering: Clustering,
-    colors: NDArray[np.uint8],
-    tree: NDArray[np.float64],
-    *,
-    encoder: Path,
-    card: str,
-) -> Codebook:
-    """Write a codebook directory with its encoder embedded, whole or not at all.
+def training_bounds(store: FeatureStore) -> list[tuple[float, float, float, float]]:
+    """Return west, south, east, north of each image that gave features."""
+    return [record.bounds for record in store.manifest.images if record.features and record.bounds is not None]
 
-    Raises:
-        CodebookError: if ``out`` holds something already.
+
+def make_card(codebook: Codebook, store: FeatureStore, source: Callable[[str], ImageSource], config: FitConfig) -> str:
+    """Return a model card that says all that is known without asking; its author adds what it is good for.
+
+    Args:
+        codebook: the codebook.
+        store: the features it was fitted on.
+        source: where an image comes from.
+        config: what it was made with.
     """
-    centroids: NDArray[Any] = clustering.centroids
-    codebook = Codebook(manifest=manifest, centroids=centroids, colors=colors, counts=clustering.counts, tree=tree)
-    return save_codebook(codebook, out, card=card, encoder=encoder)
-
-
-def default_card(manifest: Manifest, k: int, images: tuple[str, ...], command: str) -> str:
-    """Return a model card that says what is known without asking; its author adds data sources and limits."""
+    manifest = codebook.manifest
     pre, training = manifest.preprocess, manifest.training
-    listed = "\n".join(f"- `{name}`" for name in images)
+    unused = 0 if codebook.counts is None else int((codebook.counts == 0).sum())
+    skipped = "".join(f"\n- `{image.image}`: {image.reason}" for image in store.manifest.skipped)
     return f"""# {manifest.title or manifest.name}
 
-{k} classes of ground for [geocentroids-tiler](https://github.com/geocentroids/geocentroids-tiler), fitted without
-labels on {training.get("features")} patches of {training.get("images")} images
-({training.get("region") or "region not stated"}).
+{len(codebook)} classes of ground for [geocentroids-tiler](https://github.com/geocentroids/geocentroids-tiler), fitted
+without labels on {len(store)} patches of {len(store.images)} images ({training.get("region") or "region not stated"}).
 
-- Encoder: `{ENCODER_FILE}` ({manifest.encoder.architecture}, {manifest.encoder.dim} values a patch)
-- Patches of {manifest.encoder.patch_px * pre.gsd_m:g} m, imagery at {pre.gsd_m:g} m per pixel
-- Windows of {pre.window_patches} patches, margin {pre.margin_patches}, stride {pre.stride_patches}
-- Nearest centroid by {manifest.assignment.metric}
-- Colours: rank correlation with the distance of centroids {training.get("color_rank_correlation")},
-  neighbours kept at 15 {training.get("color_neighbours_at_15")}
+| | |
+|---|---|
+| encoder | `{manifest.encoder.source}` ({manifest.encoder.architecture}, {manifest.encoder.dim} values a patch) |
+| patches | {codebook.patch_m:g} m: {manifest.encoder.patch_px} px at {pre.gsd_m:g} m per pixel |
+| windows | {pre.window_patches} patches, margin {pre.margin_patches}, stride {pre.stride_patches} |
+| assignment | nearest of {len(codebook)} centroids by {manifest.assignment.metric}; {unused} of them met no patch |
+| K-Means | {training.get("iterations")} iterations, objective {training.get("inertia")}, seed {training.get("seed")} |
+| colours | rank correlation with likeness {training.get("color_rank_correlation")}, nearest 15 kept \
+{training.get("color_neighbours_at_15")} |
+| merge tree | Ward; `classes=N` cuts it |
 
 Licence: {manifest.licence or "not stated"}. Attribution: {manifest.attribution or "not stated"}.
 
+## Data
+
+{_data_table(store, source)}
+{f"{chr(10)}Left out:{chr(10)}{skipped}{chr(10)}" if skipped else ""}
 ## How it was made
 
-    {command}
+`geocentroids-fit run` with this configuration; what it does not name is at its default.
 
-## Images
+```json
+{_configuration(config)}
+```
 
-{listed}
+## Limits
+
+- Classes are groups of like-looking patches, not land cover: nobody has named or checked them.
+- Ground, seasons, cameras and pixel sizes that the images above do not have are outside of what it was fitted on;
+  `layer=similarity` shows where it does not fit.
+- Colours show likeness, not identity: two classes may look the same.
 """
+
+
+def _configuration(config: FitConfig) -> str:
+    """Return what a configuration sets, without the places of files on one machine."""
+    content = config.model_dump(
+        mode="json",
+        exclude_defaults=True,
+        exclude={"out": True, "work": True, "images": {"folder"}, "codebook": {"card"}, "evaluate": True},
+    )
+    if (model := Path(config.encoder.model)).exists():
+        content["encoder"]["model"] = model.name
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def _data_table(store: FeatureStore, source: Callable[[str], ImageSource]) -> str:
+    images: dict[ImageSource, int] = defaultdict(int)
+    patches: dict[ImageSource, int] = defaultdict(int)
+    for record in store.manifest.images:
+        origin = source(record.image)
+        images[origin] += 1
+        patches[origin] += record.features
+    rows = [
+        f"| {origin.attribution or 'not stated'} | {images[origin]} | {patches[origin]} "
+        f"| {origin.licence or 'not stated'} | {origin.url} |"
+        for origin in images
+    ]
+    return "\n".join(["| source | images | patches | licence | |", "|---|---|---|---|---|", *rows])

@@ -1,72 +1,50 @@
-"""From images to a codebook: extraction as serving computes it, and the command end to end."""
+"""From images to a codebook by commands: all steps, what is skipped, and what is said when something is wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import rasterio
 from click.testing import CliRunner, Result
-from rasterio.transform import Affine
+from small_images import write_bands, write_image
 
 from geocentroids_fit.cli import main
-from geocentroids_fit.extract import blend, extract, list_images, open_images, spread_chunks
-from geocentroids_fit.pack import Identity, draft_codebook, make_manifest
-from geocentroids_tiler.codebook import NODATA_LABEL, EncoderSection, PreprocessSection, load_codebook
-from geocentroids_tiler.encoder import ChunkLayout, DeviceInfo, EncoderSource, load_encoder
-from geocentroids_tiler.errors import InputError, UnsupportedImageError
-from geocentroids_tiler.grid import PatchRange
+from geocentroids_fit.shards import MANIFEST_FILE, open_features
+from geocentroids_tiler.codebook import NODATA_LABEL, Codebook, file_sha256, load_codebook
+from geocentroids_tiler.encoder import encoder_source, load_encoder
+from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.store import LabelStore
+from geocentroids_tiler.source import ReadOptions, open_dataset, resolve_source, source_identity
 
-PRE = PreprocessSection(gsd_m=0.25, window_patches=8, margin_patches=1, stride_patches=3)
-LAYOUT = ChunkLayout(8, 1, 3)
-ARGUMENTS = ["--name", "tiny", "--window", "8", "--margin", "1", "--stride", "3", "--k", "24", "--per-image", "300"]
-
-
-class MeanEncoder:
-    """Tokens are a patch's mean colour plus a share of its window's, so that blending shows."""
-
-    dim = 3
-    window_patches = 8
-    batch_windows = 2
-    windows_at_once = 4
-    info = DeviceInfo("fake", "cpu", "fp32", "none")
-
-    def encode(self, windows: np.ndarray) -> list[np.ndarray]:
-        patches = windows.reshape(-1, 8, 14, 8, 14, 3).mean(axis=(2, 4), dtype=np.float32)
-        return list(patches + patches.mean(axis=(1, 2), keepdims=True) / 4)
-
-    def fetch(self, tokens: np.ndarray) -> np.ndarray:
-        return tokens
-
-    def token_bytes(self) -> int:
-        return 8 * 8 * 3 * 4
-
-
-def write_image(path: Path, seed: int, size: int = 14 * 26, left: float = 560_000.0) -> None:
-    """Write smooth areas of colour with a black collar on the left."""
-    rng = np.random.default_rng(seed)
-    areas = np.kron(rng.integers(40, 220, (3, 7, 7)), np.ones((1, size // 7 + 1, size // 7 + 1)))[:, :size, :size]
-    bands = (areas + rng.normal(0, 6, areas.shape)).clip(20, 240).astype(np.uint8)
-    bands[:, :, : 14 * 4] = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    transform = Affine(0.25, 0, left, 0, -0.25, 6_139_994.0)
-    profile = {"driver": "GTiff", "width": size, "height": size, "count": 3, "dtype": "uint8"}
-    with rasterio.open(path, "w", **profile, crs="EPSG:32721", transform=transform, photometric="RGB") as raster:
-        raster.write(bands)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("imagery")
-    write_image(root / "a.tif", 1)
-    write_image(root / "town" / "b.TIFF", 2, left=561_000.0)
-    write_image(root / "town" / "mask" / "b.tif", 3)
-    (root / "notes.txt").write_text("no image")
-    return root
+CONFIG = """
+out = "made/tiny"
+seed = 0
+[images]
+folder = "imagery"
+exclude = ["*/mask/*"]
+[[sources]]
+match = "town/*"
+licence = "CC BY 4.0"
+attribution = "Town survey"
+[encoder]
+model = "encoder"
+[windows]
+window_patches = 8
+margin_patches = 1
+stride_patches = 3
+[sample]
+per_image = 300
+[cluster]
+k = 24
+metric = "l2"
+[codebook]
+name = "tiny"
+region = "nowhere"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -77,198 +55,322 @@ def encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.Dinov2WithRegistersConfig(
         hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=112, initializer_range=0.3
     )
-    folder = tmp_path_factory.mktemp("encoder")
+    folder = tmp_path_factory.mktemp("model") / "encoder"
     transformers.Dinov2WithRegistersModel(config).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def made(folder: Path, encoder_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    out = tmp_path_factory.mktemp("made") / "tiny"
-    result = run(folder, encoder_dir, out)
+def project(encoder_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images, encoder and configuration, fitted once."""
+    root = tmp_path_factory.mktemp("project")
+    write_image(root / "imagery" / "a.tif", 1)
+    write_image(root / "imagery" / "town" / "b.TIFF", 2, left=561_000.0)
+    write_image(root / "imagery" / "town" / "mask" / "b.tif", 3)
+    write_bands(root / "imagery" / "coarse.tif", np.full((3, 20, 20), 90, np.uint8), pixel_m=10)
+    shutil.copytree(encoder_dir, root / "encoder")
+    (root / "fit.toml").write_text(CONFIG)
+    result = fit("run", str(root / "fit.toml"))
     assert result.exit_code == 0, result.output
-    assert "24 classes of 600 patches" in result.stdout
-    return out
+    (root / "first.txt").write_text(result.output)
+    return root
 
 
-def run(folder: Path, encoder: Path | str, out: Path, *more: str) -> Result:
-    arguments = ["run", str(folder), "--encoder", str(encoder), "--out", str(out), "--exclude", "*/mask/*"]
-    return CliRunner().invoke(main, [*arguments, *ARGUMENTS, *more])
+@pytest.fixture
+def copy(project: Path, tmp_path: Path) -> Path:
+    """A copy of the fitted project that a test may change."""
+    root = tmp_path / "project"
+    shutil.copytree(project, root, copy_function=shutil.copy2)
+    return root
 
 
-def datasets_of(folder: Path, names: list[str]) -> list:
-    section = EncoderSection(source="encoder.onnx", architecture="fake", dim=3)
-    manifest = make_manifest(Identity("tiny", "1", "", "", "", ""), section, PRE, "l2")
-    return open_images(folder, names, draft_codebook(manifest))
+def fit(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
 
 
-def test_list_images(folder: Path) -> None:
-    assert list_images(folder) == ["a.tif", "town/b.TIFF", "town/mask/b.tif"]
-    assert list_images(folder, ["*/mask/*"]) == ["a.tif", "town/b.TIFF"]
+def said(result: Result, step: str) -> list[str]:
+    assert result.exit_code == 0, result.output
+    return [line for line in result.stdout.splitlines() if line.startswith(f"{step}:")]
 
 
-def test_nothing_to_list_is_one_sentence(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no GeoTIFF"):
-        list_images(tmp_path)
-    with pytest.raises(InputError, match="leaves out all 3"):
-        list_images(folder, ["*"])
-    with pytest.raises(InputError, match="not a folder"):
-        list_images(tmp_path / "absent")
+def test_all_steps_are_told(project: Path) -> None:
+    output = (project / "first.txt").read_text()
+    assert "extract: 600 features of 2 images, 0 of them kept" in output
+    assert "left out: coarse.tif: the image has 10 m per pixel" in output
+    assert "cluster: 24 of 600 features by l2" in output
+    assert "color: by likeness: rank correlation" in output
+    assert "tree: 23 merges" in output
+    assert "exemplars: 24 sheets" in output
+    assert "pack: " in output
+    assert "evaluate: " in output
+    assert (project / "made" / "tiny.work" / "report" / "report.html").is_file()
 
 
-def test_spread_chunks_cover_the_area_evenly() -> None:
-    area = PatchRange(-300, 300, 90, 690)  # 200 x 200 chunks of 3
-    chosen = spread_chunks(area, 3, 100, np.random.default_rng(0))
-    assert len(chosen) == len(set(chosen)) == 100
-    cells = {((chunk.row + 100) // 20, (chunk.col - 30) // 20) for chunk in chosen}
-    assert len(cells) == 100
-    assert chosen == spread_chunks(area, 3, 100, np.random.default_rng(0))
-
-
-def test_few_chunks_are_all_taken() -> None:
-    area = PatchRange(0, 7, 0, 4)
-    assert spread_chunks(area, 3, 6, np.random.default_rng(0)) == list(area.chunks(3))
-
-
-def test_blend_of_equal_windows_is_the_window() -> None:
-    window = np.arange(8 * 8 * 2, dtype=np.float32).reshape(8, 8, 2)
-    flat = np.full_like(window, 3)
-    assert blend([flat] * 4, LAYOUT) == pytest.approx(np.full((3, 3, 2), 3), rel=1e-6)
-    with pytest.raises(ValueError, match="zip"):
-        blend([window], LAYOUT)
-
-
-def test_tokens_are_blended_and_come_from_their_patch(folder: Path) -> None:
-    (dataset,) = datasets_of(folder, ["a.tif"])
-    features = extract([dataset], MeanEncoder(), LAYOUT, patch_px=14, per_image=10_000, seed=0, progress=False)
-    with rasterio.open(folder / "a.tif") as raster:
-        bands = raster.read().astype(np.float64)
-    assert features.col.min() - dataset.footprint.col_start == 4  # the collar gives nothing
-    assert len(features) == 26 * 22
-    own = bands.reshape(3, 26, 14, 26, 14).mean(axis=(2, 4))
-    row, col = features.row - dataset.footprint.row_start, features.col - dataset.footprint.col_start
-    expected = own[:, row, col].T
-    assert np.abs(features.rgb - expected).max() <= 0.51
-    windows_share = features.tokens.astype(np.float64) - expected
-    # A quarter of the windows' mean colours, blended: a smooth share between those of black and white.
-    assert windows_share.min() > 0
-    assert windows_share.max() < 64
-    jump = np.abs(np.diff(windows_share[row == 12], axis=0)).max()
-    assert jump < 10
-
-
-def test_the_cap_and_the_seed(folder: Path) -> None:
-    datasets = datasets_of(folder, ["a.tif", "town/b.TIFF"])
-    options = {"patch_px": 14, "per_image": 40, "progress": False}
-    first, again, other = (extract(datasets, MeanEncoder(), LAYOUT, seed=seed, **options) for seed in (0, 0, 1))
-    assert np.bincount(first.image).tolist() == [40, 40]
-    assert first.images == ("a.tif", "town/b.TIFF")
-    assert (first.tokens == again.tokens).all()
-    assert not np.array_equal(first.row, other.row)
-    alone = extract(datasets[1:], MeanEncoder(), LAYOUT, seed=0, **options)
-    assert (alone.tokens == first.tokens[first.image == 1]).all()
-
-
-def test_images_without_data_are_one_sentence(tmp_path: Path) -> None:
-    profile = {"driver": "GTiff", "width": 200, "height": 200, "count": 3, "dtype": "uint8", "nodata": 0}
-    with rasterio.open(
-        tmp_path / "empty.tif", "w", **profile, crs="EPSG:32721", transform=Affine(0.25, 0, 5e5, 0, -0.25, 6e6)
-    ) as raster:
-        raster.write(np.zeros((3, 200, 200), np.uint8))
-    datasets = datasets_of(tmp_path, ["empty.tif"])
-    with pytest.raises(InputError, match="no patch of the images has data"):
-        extract(datasets, MeanEncoder(), LAYOUT, patch_px=14, per_image=10, seed=0, progress=False)
-
-
-def test_an_image_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    with rasterio.open(
-        tmp_path / "coarse.tif", "w", driver="GTiff", width=20, height=20, count=3, dtype="uint8",
-        crs="EPSG:32721", transform=Affine(10, 0, 5e5, 0, -10, 6e6), photometric="RGB",
-    ) as raster:  # fmt: skip
-        raster.write(np.full((3, 20, 20), 90, np.uint8))
-    with pytest.raises(UnsupportedImageError, match=r"coarse\.tif: .*leave it out with --exclude"):
-        datasets_of(tmp_path, ["coarse.tif"])
-
-
-def test_run_makes_a_codebook_that_serving_loads(made: Path, folder: Path) -> None:
-    codebook = load_codebook(made)
+def test_the_codebook_is_whole(project: Path) -> None:
+    codebook = load_codebook(project / "made" / "tiny")
     assert len(codebook) == 24
     assert codebook.encoder_path is not None
     assert codebook.counts is not None
     assert codebook.counts.sum() == 600
     assert len(codebook.classes(5)) == 5
-    section, pre = codebook.manifest.encoder, codebook.manifest.preprocess
-    encoder = load_encoder(
-        EncoderSource(
-            codebook.encoder_path, None, None, section.architecture, section.dim, section.patch_px,
-            section.register_tokens, pre.window_patches, pre.mean, pre.std, section.sha256, allow_download=False,
-        )
-    )  # fmt: skip
-    engine = LabelEngine(codebook, encoder, LabelStore(2**20), read_threads=1, token_cache_bytes=2**22)
+    assert codebook.manifest.attribution == "Town survey"
+    assert codebook.manifest.training["images"] == 2
+    card = (project / "made" / "tiny" / "README.md").read_text()
+    assert "| Town survey | 1 | 300 | CC BY 4.0 |" in card
+    assert "| not stated | 1 | 300 | not stated |" in card
+    assert "`coarse.tif`: the image has 10 m per pixel" in card
+    item = json.loads((project / "made" / "tiny" / "item.json").read_text())
+    west, south, east, north = item["bbox"]
+    assert -57 < west < east < -56
+    assert -35 < south < north < -34
+    assert codebook.exemplars is not None
+    assert len(codebook.exemplars.sheets) == np.count_nonzero(codebook.counts)
+    index = json.loads((project / "made" / "tiny" / "exemplars" / "index.json").read_text())
+    assert {entry["image"]: entry["licence"] for entry in index["images"]} == {"a.tif": "", "town/b.TIFF": "CC BY 4.0"}
+
+
+def test_serving_gives_the_labels_of_the_fit(project: Path) -> None:
+    codebook = load_codebook(project / "made" / "tiny")
+    labels, dataset = served(codebook, project / "imagery", "a.tif")
+    assert (labels[:, :4] == NODATA_LABEL).all()
+    store = open_features(project / "made" / "tiny.work" / "features")
+    features = store.origin(0)
+    distance = np.linalg.norm(features.tokens[:, None].astype(np.float64) - codebook.centroids[None], axis=2)
+    own = labels[features.row - dataset.footprint.row_start, features.col - dataset.footprint.col_start]
+    # Features are rounded to fp16, so a near tie may turn.
+    assert (distance.argmin(axis=1) == own).mean() > 0.99
+
+
+def served(codebook: Codebook, folder: Path, name: str) -> tuple[np.ndarray, object]:
+    source = encoder_source(codebook.manifest.encoder, codebook.manifest.preprocess, codebook.encoder_path)
+    engine = LabelEngine(codebook, load_encoder(source), LabelStore(2**20), read_threads=1, token_cache_bytes=2**22)
     try:
-        (dataset,) = open_images(folder, ["a.tif"], codebook)
-        labels = engine.block(dataset, dataset.footprint).labels
-        features = extract([dataset], encoder, LAYOUT, patch_px=14, per_image=10_000, seed=0, progress=False)
+        found = resolve_source(name, folder)
+        dataset = open_dataset(found, source_identity(found, 5), ReadOptions(), codebook, 5)
+        return engine.block(dataset, dataset.footprint).labels, dataset
     finally:
         engine.close()
-    assert (labels[:, :4] == NODATA_LABEL).all()
-    distance = np.linalg.norm(features.tokens[:, None].astype(np.float64) - codebook.centroids[None], axis=2)
-    served = labels[features.row - dataset.footprint.row_start, features.col - dataset.footprint.col_start]
-    # Features are rounded to fp16, so a near tie may turn.
-    assert (distance.argmin(axis=1) == served).mean() > 0.99
 
 
-def test_the_same_command_makes_the_same_codebook(made: Path, folder: Path, encoder_dir: Path, tmp_path: Path) -> None:
-    assert run(folder, encoder_dir, tmp_path / "again").exit_code == 0
-    assert load_codebook(tmp_path / "again").digest == load_codebook(made).digest
+def test_a_second_run_does_nothing(copy: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (copy / "made" / "tiny").rglob("*")}
+    result = fit("run", str(copy / "fit.toml"))
+    assert said(result, "cluster")[-1].endswith("(kept)")
+    assert all(line.endswith("(kept)") for line in said(result, "color"))
+    assert said(result, "tree") == ["tree: 23 merges (kept)"]
+    assert said(result, "exemplars") == ["exemplars: kept"]
+    assert said(result, "pack")[-1].endswith("tiny kept")
+    assert said(result, "evaluate")[-1].endswith("kept")
+    assert "2 of them kept" in said(result, "extract")[-1]
+    assert {path: path.stat().st_mtime_ns for path in (copy / "made" / "tiny").rglob("*")} == before
 
 
-def test_card_of_ones_own(folder: Path, encoder_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "card.md").write_text("# Mine\n")
-    assert run(folder, encoder_dir, tmp_path / "own", "--card", str(tmp_path / "card.md")).exit_code == 0
-    assert (tmp_path / "own" / "README.md").read_text() == "# Mine\n"
+def test_a_changed_option_redoes_what_depends_on_it(copy: Path) -> None:
+    config = str(copy / "fit.toml")
+    result = fit("run", "--k", "20", config)
+    assert result.exit_code == 1
+    assert "made of other inputs" in result.stderr
+    assert len(load_codebook(copy / "made" / "tiny")) == 24  # nothing is lost
+    assert "2 of them kept" in result.stdout
+    result = fit("run", "--k", "20", "--overwrite", config)
+    assert said(result, "cluster")[-1].endswith("(kept)")
+    assert len(load_codebook(copy / "made" / "tiny")) == 20
+
+
+def test_a_new_image_is_the_only_one_computed(copy: Path) -> None:
+    write_image(copy / "imagery" / "c.tif", 9, left=562_000.0)
+    result = fit("extract", str(copy / "fit.toml"))
+    assert "extract: 900 features of 3 images, 2 of them kept" in said(result, "extract")[1]
+
+
+def test_the_same_command_makes_the_same_codebook(project: Path, encoder_dir: Path, tmp_path: Path) -> None:
+    flags = ["--window", "8", "--margin", "1", "--stride", "3", "--k", "24", "--per-image", "300", "--metric", "l2"]
+    where = ["--out", str(tmp_path / "again"), "--encoder", str(encoder_dir), "--name", "tiny", "--region", "nowhere"]
+    arguments = ["run", *flags, *where, "--exclude", "*/mask/*", "--attribution", "Town survey"]
+    assert fit(*arguments, str(project / "imagery")).exit_code == 0
+    assert load_codebook(tmp_path / "again").digest == load_codebook(project / "made" / "tiny").digest
+
+
+def test_steps_one_by_one(copy: Path) -> None:
+    whole = load_codebook(copy / "made" / "tiny").digest
+    shutil.rmtree(copy / "made")
+    for step in ("extract", "cluster", "color", "tree", "exemplars", "pack"):
+        assert said(fit(step, str(copy / "fit.toml")), step)
+    assert load_codebook(copy / "made" / "tiny").digest == whole
+
+
+def test_a_refit_keeps_colours_that_anchor_it(project: Path, tmp_path: Path) -> None:
+    anchor = project / "made" / "tiny"
+    options = ["--anchor", str(anchor), "--out", str(tmp_path / "refit"), "--seed", "3", "--no-exemplars"]
+    work = tmp_path / "work"
+    shutil.copytree(project / "made" / "tiny.work" / "features", work / "features")
+    shutil.copytree(project / "made" / "tiny.work" / "encoder", work / "encoder")
+    (work / "features" / "settings.json").unlink()
+    result = fit("run", *options, "--work", str(work), str(project / "fit.toml"))
+    assert result.exit_code == 0, result.output
+    old, new = load_codebook(anchor), load_codebook(tmp_path / "refit")
+    distance = np.linalg.norm(new.centroids[:, None] - old.centroids[None], axis=2)
+    same = distance.min(axis=1) < 1e-4
+    assert same.any()
+    difference = new.colors[same].astype(int) - old.colors[distance.argmin(axis=1)][same]
+    assert np.abs(difference).max() <= 1
+    assert not (tmp_path / "refit" / "exemplars").exists()
+
+
+def test_a_prepared_run(copy: Path) -> None:
+    result = fit("run", "--prepare", "--out", str(copy / "prepared"), str(copy / "fit.toml"))
+    assert said(result, "prepare") == ["prepare: 2 images, 0 of them as they were"]
+    assert "left out: coarse.tif" in result.stdout
+    assert "600 features of 2 images" in said(result, "extract")[1]
+    assert load_codebook(copy / "prepared").manifest.attribution == "Town survey"
+
+
+def test_prepare_and_evaluate_as_commands(project: Path, tmp_path: Path) -> None:
+    result = fit("prepare", "--exclude", "*/mask/*", str(project / "imagery"), str(tmp_path / "cogs"))
+    assert result.exit_code == 0, result.output
+    assert "2 images, 0 of them as they were; 1 left out" in result.stdout
+    arguments = ["evaluate", str(project / "made" / "tiny"), str(tmp_path / "cogs"), "--out", str(tmp_path / "report")]
+    assert "report.html" in fit(*arguments).stdout
+    assert json.loads((tmp_path / "report" / "report.json").read_text())
+    result = fit(*arguments, "--masks", "-", "--masks", "-")
+    assert result.exit_code == 1
+    assert "--masks is given 2 times for 1 IMAGES" in result.stderr
+
+
+def test_the_report_is_on_this_codebook_whatever_its_name(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy)  # nano is also the name of a built-in codebook
+    result = fit("run", "--out", "nano", "--work", "made/tiny.work", "fit.toml")
+    assert result.exit_code == 0, result.output
+    report = copy / "made" / "tiny.work" / "report"
+    assert json.loads((report / "report.json").read_text())["codebook"]["digest"] == load_codebook(copy / "nano").digest
+    assert said(fit("run", "--out", "nano", "--work", "made/tiny.work", "fit.toml"), "evaluate")[0].endswith("kept")
+
+
+def test_card_of_ones_own(copy: Path) -> None:
+    (copy / "card.md").write_text("# Mine\n")
+    result = fit(
+        "pack",
+        "--card",
+        str(copy / "card.md"),
+        "--out",
+        str(copy / "own"),
+        "--work",
+        str(copy / "made" / "tiny.work"),
+        str(copy / "fit.toml"),
+    )
+    assert result.exit_code == 0, result.output
+    assert (copy / "own" / "README.md").read_text() == "# Mine\n"
 
 
 @pytest.mark.parametrize(
     ("more", "text"),
     [
         (["--k", "5000"], "k is 5000, but there are 600 features"),
-        (["--k", "0"], "--k is 0"),
+        (["--k", "0"], "cluster.k = 0: Input should be greater than or equal to 1"),
         (["--stride", "4"], "stride_patches 4 does not divide the core of 6 patches"),
-        (["--name", "Not A Name"], "name"),
-        (["--card", "absent.md"], "absent.md: cannot be read"),
+        (["--name", "Not A Name"], "codebook.name = 'Not A Name'"),
         (["--exclude", "*"], "holds no GeoTIFF"),
+        (["--encoder", "nowhere/at/all"], "nowhere/at/all"),
+        (["--anchor", "absent"], "absent"),
     ],
 )
-def test_errors_are_one_sentence(folder: Path, encoder_dir: Path, tmp_path: Path, more: list[str], text: str) -> None:
-    result = run(folder, encoder_dir, tmp_path / "out", *more)
+def test_errors_are_one_sentence(copy: Path, more: list[str], text: str) -> None:
+    result = fit(
+        "run", *more, "--out", str(copy / "out"), "--work", str(copy / "made" / "tiny.work"), str(copy / "fit.toml")
+    )
     assert result.exit_code == 1
     assert text in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
+    assert not (copy / "out").exists()
 
 
-def test_what_is_there_is_not_overwritten(made: Path, folder: Path, encoder_dir: Path) -> None:
-    result = run(folder, encoder_dir, made)
+@pytest.mark.parametrize("step", ["cluster", "color", "tree", "exemplars", "pack"])
+def test_a_step_too_early_says_which_is_missing(copy: Path, step: str) -> None:
+    shutil.rmtree(copy / "made")
+    result = fit(step, str(copy / "fit.toml"))
+    assert result.exit_code == 1
+    assert "is missing: run geocentroids-fit" in result.stderr
+
+
+def test_a_truncated_shard_is_named_and_the_rest_kept(copy: Path) -> None:
+    features = copy / "made" / "tiny.work" / "features"
+    shard = next((features / "shards").glob("b-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    result = fit("cluster", str(copy / "fit.toml"))
+    assert result.exit_code == 1
+    assert f"{shard} has " in result.stderr
+    assert "run geocentroids-fit extract again" in result.stderr
+    assert "1 of them kept" in said(fit("extract", str(copy / "fit.toml")), "extract")[1]
+    assert said(fit("cluster", str(copy / "fit.toml")), "cluster")[-2].endswith("(kept)")
+
+
+def test_features_that_are_not_numbers_are_named(copy: Path) -> None:
+    features = copy / "made" / "tiny.work" / "features"
+    store = open_features(features)
+    shard = features / "shards" / store.manifest.images[1].file
+    tokens = store.parts()[1]
+    content = bytearray(shard.read_bytes())
+    content[tokens.offset : tokens.offset + 2] = np.float16("nan").tobytes()
+    shard.write_bytes(content)
+    result = fit("cluster", str(copy / "fit.toml"))
+    assert "SHA-256" in result.stderr  # damaged on the disk
+    manifest = json.loads((features / MANIFEST_FILE).read_text())
+    manifest["images"][1]["sha256"] = file_sha256(shard)
+    (features / MANIFEST_FILE).write_text(json.dumps(manifest))
+    result = fit("cluster", str(copy / "fit.toml"))  # so computed by the encoder
+    assert result.exit_code == 1
+    assert "not finite" in result.stderr
+    assert "town/b.TIFF" in result.stderr
+
+
+def test_an_image_that_changed_after_its_features_is_named(copy: Path) -> None:
+    shutil.rmtree(copy / "made" / "tiny.work" / "exemplars")
+    write_image(copy / "imagery" / "a.tif", 77)
+    result = fit("exemplars", str(copy / "fit.toml"))
+    assert result.exit_code == 1
+    assert "a.tif has changed since its features were extracted; run geocentroids-fit extract again" in result.stderr
+
+
+def test_what_is_there_is_not_overwritten(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    result = fit("run", "--out", str(tmp_path / "out"), str(project / "fit.toml"))
     assert result.exit_code == 1
     assert "exists already" in result.stderr
+    assert not (tmp_path / "out.work").exists()
 
 
-def test_debug_shows_the_error(folder: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(
-        main, ["--debug", "run", str(tmp_path), "--encoder", "x", "--out", str(tmp_path / "o"), "--name", "x"]
-    )
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("out = ", "is not TOML"),
+        ("out = 'x'\n[images]\nfolder='i'\n[encoder]\nmodel='m'", "codebook = "),
+        (CONFIG + "colour = 3\n", "codebook.colour = 3: Extra inputs are not permitted"),
+        (CONFIG.replace("[images]", "images = 3\n[other]"), "images = 3"),
+    ],
+)
+def test_configuration_errors_name_the_value(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "fit.toml").write_text(text)
+    result = fit("run", str(tmp_path / "fit.toml"))
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_missing_configuration_is_one_sentence(tmp_path: Path) -> None:
+    assert "cannot be read: No such file" in fit("run", str(tmp_path / "absent.toml")).stderr
+
+
+def test_debug_shows_the_error(tmp_path: Path) -> None:
+    result = fit("--debug", "run", "--out", str(tmp_path / "o"), "--name", "x", str(tmp_path))
     assert isinstance(result.exception, InputError)
 
 
-def test_a_fault_of_ours_is_one_sentence_too(
-    folder: Path, encoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_ours_is_one_sentence_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr("geocentroids_fit.cli.run", fail)
-    arguments = ["run", str(folder), "--encoder", str(encoder_dir), "--out", str(tmp_path / "out"), "--name", "x"]
-    result = CliRunner().invoke(main, arguments)
+    monkeypatch.setattr("geocentroids_fit.pipeline.run", fail)
+    result = fit("run", str(project / "fit.toml"))
     assert result.exit_code == 1
     assert result.stderr == "Error: unexpected RuntimeError: a fault (geocentroids-fit --debug shows where)\n"

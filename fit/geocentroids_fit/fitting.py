@@ -1,0 +1,192 @@
+"""The steps from images to clusters, colours and merge tree. Each is skipped while what it depends on is the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geocentroids_fit.cluster import NotFiniteError, kmeans, similarities, unit
+from geocentroids_fit.clusters import Clusters
+from geocentroids_fit.color import Anchor, anchor_to, color_centroids, score_colors, stretch_axes
+from geocentroids_fit.encoders import describe_encoder, load_described
+from geocentroids_fit.extract import extract
+from geocentroids_fit.kept import Kept, keep
+from geocentroids_fit.likeness import likeness_vectors, natural_colors
+from geocentroids_fit.pack import draft_codebook
+from geocentroids_fit.prepare import prepare
+from geocentroids_fit.shards import FeatureSettings, FeatureStore, open_features
+from geocentroids_fit.tree import ward_tree
+from geocentroids_fit.workspace import Fit, clusters_of
+from geocentroids_tiler.codebook import Codebook
+from geocentroids_tiler.errors import InputError
+from geocentroids_tiler.hub import find_codebook
+from geocentroids_tiler.settings import load_settings
+
+
+def prepare_step(fit: Fit) -> None:
+    """Bring the images of the folder to the windows' gsd."""
+    images = fit.config.images
+    if images.folder is None:
+        raise InputError("prepare needs a folder of images; images.folder is not set")
+    report = prepare(
+        images.folder,
+        fit.prepared,
+        exclude=images.exclude,
+        gsd_m=fit.config.windows.gsd_m,
+        compress=images.compress,
+        bidx=images.bidx,
+        rescale=images.rescale,
+        progress=fit.progress,
+    )
+    fit.say(f"prepare: {len(report.prepared)} images, {report.reused} of them as they were")
+    fit.say_skipped([(skipped.name, skipped.reason) for skipped in report.skipped])
+
+
+def extract_step(fit: Fit) -> FeatureStore:
+    """Compute the features of the images."""
+    config = fit.config
+    images = fit.images()
+    preprocess = config.windows.preprocess
+    section = describe_encoder(config.encoder, preprocess, fit.encoder)
+    encoder = load_described(section, preprocess, fit.encoder, config.encoder)
+    info = encoder.info
+    settings = FeatureSettings(
+        encoder=section,
+        preprocess=preprocess,
+        device=f"{info.backend}/{info.provider}/{info.precision}",
+        per_image=config.sample.per_image,
+        seed=config.seed,
+        bidx=images.options.bidx,
+        rescale=images.options.rescale,
+    )
+    fit.say(f"extract: {len(images.names)} images with {section.architecture} on {info.device}")
+    found = extract(
+        images,
+        encoder,
+        draft_codebook(settings),
+        settings,
+        fit.features,
+        readers=config.sample.readers,
+        progress=fit.progress,
+    )
+    fit.say(
+        f"extract: {len(found.store)} features of {len(found.store.images)} images, {found.reused} of them kept"
+        + (f"; {found.features_per_s:.0f} features/s, encoder busy {found.busy:.0%}" if found.features_per_s else "")
+    )
+    fit.say_skipped([(skipped.image, skipped.reason) for skipped in found.store.manifest.skipped])
+    return found.store
+
+
+def cluster_step(fit: Fit) -> Clusters:
+    """Cluster the features, and find out what the clusters stand for."""
+    cluster = fit.config.cluster
+    store = open_features(fit.features)
+    inputs = {"features": store.digest, "seed": fit.config.seed, **cluster.model_dump(mode="json")}
+
+    def make() -> tuple[dict[str, Any], dict[str, Any]]:
+        fit.say(f"cluster: {cluster.k} of {len(store)} features by {cluster.metric}")
+        parts = store.parts()
+        try:
+            found = kmeans(
+                parts,
+                cluster.k,
+                metric=cluster.metric,
+                seed=fit.config.seed,
+                init=cluster.init,
+                max_iterations=cluster.max_iterations,
+                tolerance=cluster.tolerance,
+                device=cluster.device,
+                checkpoint=fit.results / "cluster.checkpoint",
+                progress=fit.progress,
+            )
+        except NotFiniteError as error:
+            image = store.images[error.part]
+            raise InputError(
+                f"feature {error.row} of {image} is not finite; leave the image out with --exclude"
+            ) from error
+        arrays = {
+            "centroids": found.centroids,
+            "labels": found.labels,
+            "counts": found.counts,
+            "similarity": similarities(parts, found, cluster.metric),
+            "likeness": likeness_vectors(store, found.centroids, found.labels, cluster.metric),
+            "rgb": natural_colors(store, found.labels, cluster.k),
+        }
+        return arrays, {"objective": list(found.curve), "inertia": found.inertia, "reseeded": found.reseeded}
+
+    kept = keep(fit.results, "cluster", inputs, make)
+    counts, record = kept.arrays["counts"], kept.record
+    fit.say(
+        f"cluster: {len(record['objective'])} iterations, objective {record['objective'][0]:.6g} to "
+        f"{record['inertia']:.6g}; patches of a cluster: {counts.min()} to {counts.max()}, median "
+        f"{np.median(counts):g}; {int((counts == 0).sum())} empty, {record['reseeded']} started again{_kept(kept)}"
+    )
+    return clusters_of(kept)
+
+
+def color_step(fit: Fit) -> None:
+    """Choose colours."""
+    clusters, kept = fit.clusters()
+    earlier = _anchor_codebook(fit, clusters)
+    inputs = {"cluster": kept.digest, "seed": fit.config.seed, "anchor": earlier.digest if earlier else None}
+
+    def make() -> tuple[dict[str, Any], dict[str, Any]]:
+        fit.say("color: t-SNE")
+        anchor = None if earlier is None else _anchor(fit, clusters, earlier)
+        found = color_centroids(clusters.likeness, natural=clusters.rgb, anchor=anchor, seed=fit.config.seed)
+        plain = stretch_axes(found.cloud)
+        vectors = _as_served(fit, clusters.centroids).astype(np.float64)
+        scores = {
+            "likeness": [asdict(found.score), asdict(found.stretch)],
+            "centroids": [asdict(score_colors(vectors, found.colors)), asdict(score_colors(vectors, plain))],
+        }
+        return {"colors": found.colors}, {"scores": scores}
+
+    result = keep(fit.results, "color", inputs, make)
+    for what, (ours, stretch) in result.record["scores"].items():
+        fit.say(
+            f"color: by {what}: rank correlation {ours['rank_correlation']:.3f} (plain stretch "
+            f"{stretch['rank_correlation']:.3f}), nearest 15 kept {ours['neighbours']:.3f} "
+            f"({stretch['neighbours']:.3f}){_kept(result)}"
+        )
+
+
+def tree_step(fit: Fit) -> None:
+    """Make the merge tree."""
+    clusters, kept = fit.clusters()
+    result = keep(
+        fit.results,
+        "tree",
+        {"cluster": kept.digest},
+        lambda: ({"tree": ward_tree(clusters.likeness, clusters.counts.clip(min=1))}, {}),
+    )
+    fit.say(f"tree: {len(result.arrays['tree'])} merges{_kept(result)}")
+
+
+def _as_served(fit: Fit, centroids: NDArray[np.float32]) -> NDArray[np.float32]:
+    return unit(centroids) if fit.config.cluster.metric == "cosine" else centroids
+
+
+def _anchor_codebook(fit: Fit, clusters: Clusters) -> Codebook | None:
+    if fit.config.color.anchor is None:
+        return None
+    codebook = find_codebook(fit.config.color.anchor, load_settings().codebooks_dir, allow_path=True)
+    if codebook.manifest.encoder.dim != clusters.centroids.shape[1]:
+        raise InputError(
+            f"codebook {codebook.name!r} has tokens of {codebook.manifest.encoder.dim} values, this fit has "
+            f"{clusters.centroids.shape[1]}; colours can only be kept from a codebook of the same encoder"
+        )
+    return codebook
+
+
+def _anchor(fit: Fit, clusters: Clusters, earlier: Codebook) -> Anchor:
+    served = partial(_as_served, fit)
+    return anchor_to(served(clusters.centroids), served(earlier.centroids.astype(np.float32)), earlier.colors)
+
+
+def _kept(kept: Kept) -> str:
+    return " (kept)" if kept.reused else ""
