@@ -68,7 +68,7 @@ def test_pressing_keeps_hue_and_order() -> None:
     chroma = np.linspace(0.01, 0.6, 60)
     lab = color._into_gamut(np.stack([np.full(60, 0.6), 0.6 * chroma, 0.8 * chroma], axis=1))
     assert lab[:, 2] * 0.6 == pytest.approx(lab[:, 1] * 0.8, abs=1e-12)
-    assert (np.diff(np.hypot(lab[:, 1], lab[:, 2])) >= 0).all()
+    assert np.diff(np.hypot(lab[:, 1], lab[:, 2])).min() > -1e-12  # at the edge of the gamut all are the same
 
 
 def test_natural_colours_choose_the_orientation() -> None:
