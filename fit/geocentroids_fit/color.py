@@ -298,7 +298,7 @@ def _value(lab: NDArray[np.float64], target: _Target) -> float:
     value = float(np.mean(target.rank * _standard(rankdata(difference))))
     k = target.near.shape[1]
     near = cKDTree(shown).query(own, k + 1)[1][:, 1:]
-    value += NEIGHBOURS_WEIGHT * float((near[:, :, None] == target.near[:, None, :]).sum()) / near.size
+    value += NEIGHBOURS_WEIGHT * float((near[:, :, None] == target.near[:, None, :]).sum() / near.size)
     value += SPREAD_WEIGHT * float(difference.mean())
     if target.natural is not None:
         a, b = _relative(target.natural[target.sample]), _relative(own)
