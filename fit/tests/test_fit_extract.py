@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -275,32 +276,42 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert content(killed) == content(tmp_path / "whole")
 
 
-def test_reading_goes_on_while_the_encoder_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reading: list[float] = []
+def test_windows_are_read_while_the_encoder_runs_and_blended_while_it_runs_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding, read_meanwhile, blending, encoding_again = (threading.Event() for _ in range(4))
+    met: list[bool] = []
+    calls: list[int] = []
     read = extract_module.read_windows
 
     def recorded(*args: object) -> object:
-        reading.append(time.perf_counter())
+        calls.append(threading.get_ident())
+        # A batch is read in two calls on one thread; all but the first wait for the encoder to be at work.
+        if calls.count(calls[-1]) > 2 or calls[-1] != calls[0]:
+            assert encoding.wait(60)
+            read_meanwhile.set()
         return read(*args)
 
     class Recorded(MeanEncoder):
-        def __init__(self) -> None:
-            super().__init__(0.004)
-            self.spans: list[tuple[float, float]] = []
-
         def encode(self, windows: np.ndarray) -> list[np.ndarray]:
-            start = time.perf_counter()
-            handles = super().encode(windows)
-            self.spans.append((start, time.perf_counter()))
-            return handles
+            if not encoding.is_set():
+                encoding.set()
+                met.append(read_meanwhile.wait(20))
+            elif blending.is_set():
+                encoding_again.set()
+            return super().encode(windows)
+
+        def fetch(self, tokens: np.ndarray) -> np.ndarray:
+            if not blending.is_set():
+                blending.set()
+                met.append(encoding_again.wait(20))
+            return tokens
 
     monkeypatch.setattr(extract_module, "read_windows", recorded)
     monkeypatch.setattr(extract_module, "CHUNKS_PER_BATCH", 4)
-    encoder = Recorded()
-    found = run(folder, tmp_path, wanted=settings(per_image=10_000), encoder=encoder)
-    during = [at for at in reading if any(start < at < stop for start, stop in encoder.spans)]
-    assert len(during) > len(reading) / 2
-    assert 0.5 < found.busy <= 1
+    found = run(folder, tmp_path, wanted=settings(per_image=10_000), encoder=Recorded())
+    assert met == [True, True]
+    assert 0 < found.busy <= 1
 
 
 def test_bounds_and_identity_are_kept(folder: Path, tmp_path: Path) -> None:
