@@ -6,7 +6,6 @@ is an array of bytes with the label as its name, and ``index.json``. A codebook 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from geocentroids_tiler.errors import CodebookError, short
+from geocentroids_tiler.safetensors_layout import array_places
 
 EXEMPLARS_DIR = "exemplars"
 SHEETS_FILE = "sheets.safetensors"
@@ -106,30 +106,24 @@ def load_exemplars(codebook: Path, k: int) -> Exemplars | None:
 
 
 def _find_sheets(file: Path, k: int) -> dict[int, tuple[int, int]]:
-    """Return where each sheet begins in the file, and how many bytes it has.
-
-    Source: https://huggingface.co/docs/safetensors (a length of 8 bytes, a header in JSON, then the arrays).
-    """
+    """Return where each sheet begins in the file, and how many bytes it has."""
     _check(file, MAX_SHEETS_BYTES)
     try:
-        with safe_open(file, framework="numpy"), file.open("rb") as opened:  # the former checks the header
-            start = 8 + int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(start - 8))
-        header.pop("__metadata__", None)
-        found = [(name, entry["dtype"], entry["shape"], *entry["data_offsets"]) for name, entry in header.items()]
+        with safe_open(file, framework="numpy"):  # checks the header
+            places = array_places(file)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CodebookError(f"{file} is not a readable safetensors file: {str(error)[:200]!r}") from error
     labels = {str(label): label for label in range(k)}
     sheets = {}
-    for name, dtype, shape, first, stop in found:
+    for name, place in places.items():
         if name not in labels:
             raise CodebookError(f"{file} has a sheet named {short(name)}; allowed are the labels 0 to {k - 1}")
-        if dtype != "U8" or shape != [stop - first] or not 0 < stop - first <= MAX_SHEET_BYTES:
+        if place.dtype != "U8" or place.shape != (place.size_bytes,) or not 0 < place.size_bytes <= MAX_SHEET_BYTES:
             raise CodebookError(
-                f"{file}: sheet {name} has shape {short(shape)} and dtype {dtype}; "
+                f"{file}: sheet {name} has shape {short(list(place.shape))} and dtype {place.dtype}; "
                 f"allowed are 1 to {MAX_SHEET_BYTES} bytes in one dimension, dtype U8"
             )
-        sheets[labels[name]] = start + first, stop - first
+        sheets[labels[name]] = place.offset, place.size_bytes
     return sheets
 
 

@@ -178,9 +178,10 @@ def read_config(path: Path) -> dict[str, Any]:
     for entry in _tables(content.get("evaluate"), "sets"):
         _anchor(entry, "images", base)
         _anchor(entry, "masks", base)
-    encoder = content.get("encoder")
-    if isinstance(encoder, dict) and isinstance(encoder.get("model"), str) and (base / encoder["model"]).exists():
-        _anchor(encoder, "model", base)
+    for section, key in (("encoder", "model"), ("color", "anchor")):  # a path, or a name
+        table = content.get(section)
+        if isinstance(table, dict) and isinstance(table.get(key), str) and (base / table[key]).exists():
+            _anchor(table, key, base)
     return content
 
 

@@ -44,8 +44,9 @@ def describe_encoder(config: EncoderConfig, preprocess: PreprocessSection, folde
             "choose a smaller one"
         )
     named = checkpoint.name if checkpoint.revision else str(checkpoint.path.resolve())
+    embed = config.embed if config.embed is not None else not checkpoint.revision
     described = EncoderSection(
-        source=ENCODER_FILE if _embedded(config, checkpoint) else named,
+        source=ENCODER_FILE if embed else named,
         revision=checkpoint.revision or None,
         architecture=checkpoint.architecture,
         dim=dim,
@@ -53,7 +54,7 @@ def describe_encoder(config: EncoderConfig, preprocess: PreprocessSection, folde
         register_tokens=checkpoint.registers,
         sha256=file_sha256(checkpoint.path / WEIGHTS) if (checkpoint.path / WEIGHTS).is_file() else None,
     )
-    return _exported(config, checkpoint, described, preprocess, folder) if _embedded(config, checkpoint) else described
+    return _exported(checkpoint, described, preprocess, folder) if embed else described
 
 
 def load_described(
@@ -71,12 +72,7 @@ def load_described(
     )
 
 
-def _embedded(config: EncoderConfig, checkpoint: Checkpoint) -> bool:
-    return config.embed if config.embed is not None else not checkpoint.revision
-
-
 def _exported(
-    config: EncoderConfig,
     checkpoint: Checkpoint,
     described: EncoderSection,
     preprocess: PreprocessSection,

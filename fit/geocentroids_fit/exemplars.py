@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from geocentroids_fit.clusters import Clusters
-from geocentroids_fit.files import new_file, write_arrays
+from geocentroids_fit.files import write_arrays, write_text
 from geocentroids_fit.shards import AGAIN, FeatureStore
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.exemplars import INDEX_FILE, SHEETS_FILE
@@ -141,8 +141,7 @@ def write_exemplars(
     tiles = _read_tiles(store, chosen, open_image, progress)
     sheets = _make_sheets(chosen.label, tiles, progress)
     write_arrays(folder / SHEETS_FILE, sheets)
-    with new_file(folder / INDEX_FILE) as part:
-        part.write_text(json.dumps(_index(store, chosen, source), ensure_ascii=False), encoding="utf-8")
+    write_text(folder / INDEX_FILE, json.dumps(_index(store, chosen, source), ensure_ascii=False))
     return len(sheets)
 
 

@@ -93,12 +93,12 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Work:
-    """A chunk ready to be blended."""
+    """A chunk ready to be blended; ``pixels`` are its own, of shape (s * patch_px, s * patch_px, 3)."""
 
     chunk: int
     index: ChunkIndex
     labelled: NDArray[np.bool_]
-    rgb: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
     tokens: list[TokenHandle]
 
 
@@ -274,9 +274,9 @@ class _Run:
         others = [window for window in needed if window not in read]
         return read | dict(zip(others, read_windows(dataset, others, patch_px), strict=True))
 
-    def _own(self, of_window: NDArray[S]) -> NDArray[S]:
-        """Return the part of a window's array (P, P, ...) that is its own chunk's."""
-        s, m = self._layout.stride_patches, self._layout.margin_patches
+    def _own(self, of_window: NDArray[S], per_patch: int = 1) -> NDArray[S]:
+        """Return the part of a window's array (P * per_patch, P * per_patch, ...) that is its own chunk's."""
+        s, m = self._layout.stride_patches * per_patch, self._layout.margin_patches * per_patch
         return of_window[m : m + s, m : m + s]
 
     def _encode(
@@ -304,7 +304,7 @@ class _Run:
                 chunk=batch.start + i,
                 index=batch.chunks[i],
                 labelled=self._own(windows[batch.chunks[i]].labelled),
-                rgb=self._own(_patch_colors(windows[batch.chunks[i]].pixels, patch_px)),
+                pixels=self._own(windows[batch.chunks[i]].pixels, patch_px),
                 tokens=[tokens[image, window] for window in needed[i]],
             )
             for i in useful
@@ -325,7 +325,7 @@ class _Run:
                 )
             offered = Features(
                 tokens=tokens,
-                rgb=item.rgb[row, col],
+                rgb=_patch_colors(item.pixels, self._settings.encoder.patch_px)[row, col],
                 row=item.index.row * s + row,
                 col=item.index.col * s + col,
             )
@@ -363,7 +363,7 @@ def _check_settings(out: Path, settings: FeatureSettings) -> None:
 
 
 def _patch_colors(pixels: NDArray[np.uint8], patch_px: int) -> NDArray[np.uint8]:
-    """Return the mean colour of each patch of a window (S, S, 3), of shape (P, P, 3)."""
+    """Return the mean colour of each patch of a square (S, S, 3), of shape (S / patch_px, S / patch_px, 3)."""
     p = len(pixels) // patch_px
     mean = pixels.reshape(p, patch_px, p, patch_px, 3).mean(axis=(1, 3))
     rgb: NDArray[np.uint8] = np.rint(mean).astype(np.uint8)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from geocentroids_tiler.errors import InputError
+from geocentroids_tiler.safetensors_layout import array_places
 
 PART_SUFFIX = ".part"
 """Of a file that is being written. One that is left over is written anew."""
@@ -77,17 +78,22 @@ def read_arrays(path: Path, remedy: str) -> dict[str, NDArray[Any]]:
 
 
 def map_array(path: Path, key: str) -> NDArray[Any]:
-    """Map one array of a safetensors file into memory, read-only; nothing is read yet.
+    """Map one array of a safetensors file into memory, read-only; nothing is read yet."""
+    place = array_places(path)[key]
+    dtype = np.dtype(_DTYPES[place.dtype])
+    if not place.size_bytes:  # nothing cannot be mapped
+        return np.empty(place.shape, dtype)
+    return np.memmap(path, dtype, mode="r", offset=place.offset, shape=place.shape)
 
-    Source: https://huggingface.co/docs/safetensors (a length of 8 bytes, a header in JSON, then the arrays).
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all; what is no text in it, such as some file names, is escaped.
+
+    Raises:
+        InputError: if the file cannot be written.
     """
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(size))[key]
-    dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-    if 0 in shape:  # nothing cannot be mapped
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype, mode="r", offset=8 + size + entry["data_offsets"][0], shape=shape)
+    with new_file(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -96,8 +102,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         InputError: if the file cannot be written.
     """
-    with new_file(path) as part:
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -73,12 +73,27 @@ def list_images(folder: Path, exclude: Sequence[str] = ()) -> list[str]:
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and path.is_file()
     )
-    kept = [name for name in found if not any(fnmatch(name, pattern) for pattern in exclude)]
+    hint = "geocentroids-fit prepare makes them of other images"
+    return leave_out(folder, found, exclude, "GeoTIFF (*.tif, *.tiff)", hint)
+
+
+def leave_out(folder: Path, names: Sequence[str], exclude: Sequence[str], kind: str, hint: str) -> list[str]:
+    """Return the names that no pattern matches.
+
+    Args:
+        folder: where they lie, for the message.
+        names: paths relative to it.
+        exclude: patterns such as ``*/mask/*``.
+        kind: what they are, for the message.
+        hint: what helps if there are none.
+
+    Raises:
+        InputError: if none is left.
+    """
+    kept = [name for name in names if not any(fnmatch(name, pattern) for pattern in exclude)]
     if not kept:
-        left_out = f" that --exclude does not leave out (it leaves out all {len(found)})" if found else ""
-        raise InputError(
-            f"{folder} holds no GeoTIFF (*.tif, *.tiff){left_out}; geocentroids-fit prepare makes them of other images"
-        )
+        left_out = f" that --exclude does not leave out (it leaves out all {len(names)})" if names else ""
+        raise InputError(f"{folder} holds no {kind}{left_out}; {hint}")
     return kept
 
 

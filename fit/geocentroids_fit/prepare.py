@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +42,7 @@ from geocentroids_fit.ground_cog import (
     write_cog,
     writing,
 )
+from geocentroids_fit.images import leave_out
 from geocentroids_tiler.codebook import PreprocessSection, validation_problems
 from geocentroids_tiler.errors import GeocentroidsError, InputError, SourceUnavailableError, UnsupportedImageError
 from geocentroids_tiler.source import Dataset, ReadOptions, Source, source_identity
@@ -197,13 +197,8 @@ def list_rasters(folder: Path, exclude: Sequence[str] = ()) -> list[str]:
     for name in shown:
         if not name.isprintable():  # GDAL opens UTF-8 only, and a report has lines
             raise InputError(f"{folder} holds {name!r}, a name with control characters or not in UTF-8; rename it")
-    kept = [name for name in shown if not any(fnmatch(name, pattern) for pattern in exclude)]
-    if not kept:
-        left_out = f" that --exclude does not leave out (it leaves out all {len(shown)})" if shown else ""
-        raise InputError(
-            f"{folder} holds no image{left_out}; images are files that end in {' '.join(sorted(SUFFIXES))}"
-        )
-    return kept
+    hint = f"images are files that end in {' '.join(sorted(SUFFIXES))}"
+    return leave_out(folder, shown, exclude, "image", hint)
 
 
 def output_names(names: Iterable[str]) -> dict[str, str]:

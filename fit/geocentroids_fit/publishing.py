@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from geocentroids_fit.evaluate import ImageSet, evaluate
+from geocentroids_fit.evaluate.pictures import spread
 from geocentroids_fit.exemplars import write_exemplars
 from geocentroids_fit.files import digest_of, read_json, write_json
 from geocentroids_fit.images import list_images
@@ -25,8 +23,6 @@ from geocentroids_tiler.codebook import ENCODER_FILE, Codebook, load_codebook, s
 from geocentroids_tiler.errors import CodebookError, InputError
 from geocentroids_tiler.exemplars import SHEETS_FILE
 
-REPORT_IMAGES = 12
-"""Training images in the report, spread over all, where no others are named."""
 PACK_RECORD = "pack.json"
 EXEMPLARS_RECORD = "exemplars.json"
 
@@ -197,6 +193,4 @@ def _training_set(fit: Fit) -> list[ImageSet]:
     local = [name for name in images.names if "://" not in name]
     if images.folder is None or not local:
         raise InputError("no local image to evaluate on; name some in evaluate.sets")
-    chosen = {local[i] for i in np.linspace(0, len(local) - 1, min(REPORT_IMAGES, len(local))).astype(int)}
-    others = tuple(glob.escape(name) for name in list_images(images.folder) if name not in chosen)
-    return [ImageSet("training images", images.folder, others)]
+    return [ImageSet("training images", images.folder, names=tuple(local[i] for i in spread(len(local))))]

@@ -94,8 +94,11 @@ def test_paths_start_at_the_files_folder(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_stays_a_hub_id(tmp_path: Path) -> None:
-    (tmp_path / "fit.toml").write_text('[encoder]\nmodel = "facebook/dinov2-base"\n')
+    (tmp_path / "fit.toml").write_text('[encoder]\nmodel = "facebook/dinov2-base"\n[color]\nanchor = "nano"\n')
     assert read_config(tmp_path / "fit.toml")["encoder"]["model"] == "facebook/dinov2-base"
+    assert read_config(tmp_path / "fit.toml")["color"]["anchor"] == "nano"
+    (tmp_path / "nano").mkdir()  # a directory of that name beside the file goes first
+    assert read_config(tmp_path / "fit.toml")["color"]["anchor"] == str(tmp_path / "nano")
 
 
 def test_options_go_before_the_file(tmp_path: Path) -> None:

@@ -48,19 +48,6 @@ region = "nowhere"
 
 
 @pytest.fixture(scope="module")
-def encoder_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.Dinov2WithRegistersConfig(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=112, initializer_range=0.3
-    )
-    folder = tmp_path_factory.mktemp("model") / "encoder"
-    transformers.Dinov2WithRegistersModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def project(encoder_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images, encoder and configuration, fitted once."""
     root = tmp_path_factory.mktemp("project")

@@ -27,6 +27,7 @@ class ImageSet:
         name: of the set.
         images: folder of GeoTIFFs, or one of them.
         exclude: patterns of paths below the folder that are left out.
+        names: paths below the folder; none: all that are not left out.
         masks: land cover: a folder of GeoTIFFs with the same relative paths, or one of them for one image; or None.
         ignore: values of the masks that say nothing.
         class_names: names of the masks' values, or None.
@@ -38,6 +39,7 @@ class ImageSet:
     masks: Path | None = None
     ignore: tuple[int, ...] = (255,)
     class_names: Mapping[int, str] | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def open_set(number: int, image_set: ImageSet, codebook: Codebook, max_patches: 
     """
     single = image_set.images.is_file()
     root = image_set.images.parent if single else image_set.images
-    names = [image_set.images.name] if single else list_images(root, image_set.exclude)
+    names = [image_set.images.name] if single else list(image_set.names) or list_images(root, image_set.exclude)
     folder = ImageFolder(root, tuple(names))
     for name in names:
         try:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from geocentroids_fit.evaluate.pictures import ImageMaps
 from geocentroids_fit.evaluate.results import Evaluation
-from geocentroids_tiler.errors import InputError
 
 HTML_FILE, JSON_FILE = "report.html", "report.json"
 DIGITS = 6
@@ -41,21 +39,6 @@ def to_html(evaluation: Evaluation, maps: Sequence[ImageMaps], plots: dict[str, 
     )
     environment.filters.update(number=_number, percent=_percent)
     return environment.get_template("report.html.j2").render(e=evaluation, maps=maps, plots=plots)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        InputError: if it cannot be written.
-    """
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no text
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -19,9 +19,10 @@ from geocentroids_fit.evaluate.images import (
     open_set,
 )
 from geocentroids_fit.evaluate.pictures import maps_of, similarity_plot, spread, usage_plot
-from geocentroids_fit.evaluate.report import HTML_FILE, JSON_FILE, to_html, to_json, write_atomically
+from geocentroids_fit.evaluate.report import HTML_FILE, JSON_FILE, to_html, to_json
 from geocentroids_fit.evaluate.results import Evaluation
 from geocentroids_fit.evaluate.summary import cuts_of, summarize
+from geocentroids_fit.files import write_text
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.encoder import Encoder
 from geocentroids_tiler.errors import InputError
@@ -99,8 +100,8 @@ def evaluate(
     _refuse_nothing(images, left_out)
     evaluation = summarize(found, engine.device_name, max_patches, sets, images, left_out)
     maps = [maps_of(images[i], list(cuts_of(found).values()), found.similarity_range()) for i in spread(len(images))]
-    write_atomically(out / JSON_FILE, to_json(evaluation))
-    write_atomically(out / HTML_FILE, to_html(evaluation, maps, _plots(evaluation, images)))
+    write_text(out / JSON_FILE, to_json(evaluation))
+    write_text(out / HTML_FILE, to_html(evaluation, maps, _plots(evaluation, images)))
     return evaluation
 
 
