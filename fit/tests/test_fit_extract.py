@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from httpd import Served, serve
 from small_images import LAYOUT, MeanEncoder, folder_of, settings, write_bands, write_image
 
 from geocentroids_fit import extract as extract_module
@@ -320,6 +321,25 @@ def test_bounds_and_identity_are_kept(folder: Path, tmp_path: Path) -> None:
     assert record.bounds == dataset.geographic_bounds
     assert record.identity == dataset.identity
     assert json.loads((tmp_path / MANIFEST_FILE).read_text())["settings"]["per_image"] == 40
+
+
+def test_images_on_the_web_give_the_same_features(folder: Path, tmp_path: Path) -> None:
+    with serve() as server:
+        server.files["/a.tif"] = Served((folder / A).read_bytes(), {"ETag": '"1"'})
+        url = f"{server.url}/a.tif"
+        wanted = settings(per_image=10_000)
+        far = run(folder, tmp_path / "far", url, wanted=wanted).store
+        tokens = far.origin(0).tokens.copy()
+        assert run(folder, tmp_path / "far", url, wanted=wanted).reused == 1
+        server.files["/a.tif"] = Served((folder / B).read_bytes(), {"ETag": '"2"'})
+        assert run(folder, tmp_path / "far", url, wanted=wanted).reused == 0
+        with pytest.raises(InputError, match="cannot open"):
+            run(folder, tmp_path / "none", f"{server.url}/absent.tif")
+    near = run(folder, tmp_path / "near", A, wanted=wanted).store
+    assert far.images == (url,)
+    assert far.manifest.images[0].bounds == near.manifest.images[0].bounds
+    assert len(near) == 26 * 22
+    assert (tokens == near.origin(0).tokens).all()
 
 
 def test_shard_names_differ() -> None:
