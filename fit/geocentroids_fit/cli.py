@@ -171,7 +171,7 @@ def evaluate_command(
 
     With several IMAGES each is a data set of its own; then --masks is given once for each, - for none.
     """
-    from geocentroids_fit.evaluate import ImageSet, evaluate
+    from geocentroids_fit.evaluate import ImageSet, evaluate, set_names
 
     if masks and len(masks) != len(images):
         raise InputError(
@@ -179,8 +179,8 @@ def evaluate_command(
         )
     covers = [None if str(mask) == "-" else mask for mask in masks] or [None] * len(images)
     sets = [
-        ImageSet(folder.name if folder.is_dir() else folder.stem, folder, exclude, cover, ignore)
-        for folder, cover in zip(images, covers, strict=True)
+        ImageSet(name, folder, exclude, cover, ignore)
+        for name, folder, cover in zip(set_names(images), images, covers, strict=True)
     ]
     evaluate(codebook, sets, out, max_patches=max_patches, progress=sys.stderr.isatty())
     click.echo(f"{out / 'report.html'} and {out / 'report.json'} are written")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from geocentroids_fit.evaluate import ImageSet, evaluate
+from geocentroids_fit.evaluate import ImageSet, evaluate, set_names
 from geocentroids_fit.evaluate.pictures import spread
 from geocentroids_fit.exemplars import write_exemplars
 from geocentroids_fit.files import digest_of, read_json, write_json
@@ -111,9 +111,10 @@ def evaluate_step(fit: Fit) -> None:
     """Write the report on the codebook."""
     config = fit.config
     codebook = load_codebook(config.out)
+    entries = config.evaluate.sets
     sets = [
-        ImageSet(entry.name or entry.images.stem, entry.images, entry.exclude, entry.masks, entry.ignore, entry.classes)
-        for entry in config.evaluate.sets
+        ImageSet(entry.name or name, entry.images, entry.exclude, entry.masks, entry.ignore, entry.classes)
+        for name, entry in zip(set_names([entry.images for entry in entries]), entries, strict=True)
     ] or _training_set(fit)
     looked_at = [path for one in sets for path in (one.images, one.masks) if path is not None]
     inputs = {

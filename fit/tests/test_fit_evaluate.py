@@ -19,7 +19,7 @@ from pyproj import Transformer
 from rasterio.transform import Affine
 from scipy.cluster.hierarchy import linkage
 
-from geocentroids_fit.evaluate import Evaluation, ImageSet, evaluate
+from geocentroids_fit.evaluate import Evaluation, ImageSet, evaluate, set_names
 from geocentroids_fit.evaluate.images import central_part, farthest_move, move_windows, moved
 from geocentroids_fit.evaluate.landcover import UNKNOWN
 from geocentroids_fit.evaluate.masks import read_cover
@@ -576,3 +576,14 @@ def test_nano_knows_land_from_water(tmp_path: Path) -> None:
     assert score is not None
     assert score.one_map.overall_accuracy > one.land_cover.commonest.overall_accuracy
     Page((tmp_path / "out" / "report.html").read_text())
+
+
+def test_sets_are_named_by_as_much_of_their_path_as_tells_them_apart(tmp_path: Path) -> None:
+    buildings, zurich = tmp_path / "buildings" / "img", tmp_path / "zurich" / "img.tif"
+    buildings.mkdir(parents=True)
+    zurich.parent.mkdir()
+    zurich.touch()
+    assert set_names([buildings, tmp_path / "zurich"]) == ["img", "zurich"]
+    assert set_names([buildings, zurich]) == ["buildings/img", "zurich/img"]
+    assert set_names([zurich, zurich]) == ["img.tif", "img.tif"]  # refused by check_sets
+    assert set_names([]) == []

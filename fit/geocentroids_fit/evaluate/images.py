@@ -140,6 +140,16 @@ def central_part(patches: PatchRange, max_patches: int) -> PatchRange:
     return PatchRange(top, top + height, left, left + width)
 
 
+def set_names(places: Sequence[Path]) -> list[str]:
+    """Return a name for each folder or file: as much of the end of its path as tells it from the others."""
+    parts = [place.resolve().with_suffix("").parts if place.is_file() else place.resolve().parts for place in places]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [place.name for place in places]  # one is named twice
+
+
 def check_sets(sets: Sequence[ImageSet]) -> None:
     """Raise InputError if sets cannot be evaluated as they are stated."""
     if not sets:
