@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import SourceUnavailableError, UnsupportedImageError
 from geocentroids_tiler.grid import WGS84, ChunkIndex, PatchRange, project, window_patches_of
 from geocentroids_tiler.source import (
+    CellCache,
     Dataset,
     ReadOptions,
     Source,
@@ -36,6 +37,8 @@ from geocentroids_tiler.source import (
     resolve_source,
     source_identity,
 )
+from geocentroids_tiler.source import pixels as pixels_module
+from geocentroids_tiler.source.cells import CELL_PATCHES
 
 PATCH_PX = 14
 RGB = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
@@ -615,6 +618,63 @@ class TestWindows:
             alone = read_one(dataset, indices[k])
             assert np.array_equal(alone.pixels, together[k].pixels)
             assert np.array_equal(alone.labelled, together[k].labelled)
+
+    @pytest.mark.parametrize("kind", ["subpixel", "mercator", "mask", "collar"])
+    def test_do_not_depend_on_what_was_read_before(self, kind: str, tmp_path: Path) -> None:
+        black = IMAGE.copy()
+        black[:, :90] = 0
+        bands, options = {
+            "subpixel": (IMAGE, {"transform": Affine(0.17, 0, LEFT + 0.03, 0, -0.17, TOP)}),
+            "mercator": (IMAGE, {"crs": "EPSG:3857", "transform": MERCATOR}),
+            "mask": (IMAGE, {"mask": wedge()}),
+            "collar": (black, {}),
+        }[kind]
+        dataset = open_tif(write_tif(tmp_path / "before.tif", bands, photometric="RGB", **options))
+        indices = list(dataset.footprint.chunks(10))
+        expected = [read_one(dataset, index) for index in indices]
+        for max_bytes in (0, 200_000, 2**26):
+            cells = CellCache(max_bytes)
+            for order in (indices, indices[::-1], indices[3::7] + indices):
+                found = dict(zip(order, read_windows(dataset, order, PATCH_PX, cells), strict=True))
+                for index, window in zip(indices, expected, strict=True):
+                    assert np.array_equal(found[index].pixels, window.pixels)
+                    assert np.array_equal(found[index].labelled, window.labelled)
+            assert cells.nbytes <= max_bytes
+
+    @pytest.mark.parametrize("warped", [False, True])
+    def test_what_neighbours_share_is_read_once(
+        self, warped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[ChunkIndex] = []
+        original = pixels_module._Reader.cells
+
+        def counted(reader: Any, wanted: Sequence[ChunkIndex]) -> Any:
+            read.extend(wanted)
+            return original(reader, wanted)
+
+        monkeypatch.setattr(pixels_module._Reader, "cells", counted)
+        options: dict[str, Any] = {"crs": "EPSG:3857", "transform": MERCATOR} if warped else {}
+        dataset = open_tif(write_tif(tmp_path / "once.tif", IMAGE, photometric="RGB", **options))
+        assert dataset.warped is warped
+        cells = CellCache(2**26)
+        for index in dataset.footprint.chunks(10):
+            read_windows(dataset, [index], PATCH_PX, cells)
+        assert len(read) == len(set(read))
+        rows, cols = dataset.footprint.shape
+        assert len(read) <= (rows / CELL_PATCHES + 5) * (cols / CELL_PATCHES + 5)
+
+    @pytest.mark.parametrize("resampling", ["bilinear", "cubic", "average", "nearest"])
+    def test_put_together_they_are_one_resampling_of_the_whole(self, resampling: str, tmp_path: Path) -> None:
+        transform = Affine(0.21, 0, LEFT + 0.03, 0, -0.21, TOP)
+        path = write_tif(tmp_path / "whole.tif", IMAGE, photometric="RGB", transform=transform)
+        dataset = open_tif(path, codebook_for(resampling=resampling))
+        reader = pixels_module._Reader(dataset, PATCH_PX)
+        with reader:
+            for index in inner_windows(dataset):
+                whole = reader.filled(patches_of(dataset, index))
+                assert whole.valid.all()
+                difference = np.abs(whole.pixels.astype(int) - read_one(dataset, index).pixels.astype(int))
+                assert difference.max() <= 1  # measured: 0
 
     def test_neighbours_agree_where_they_overlap(self, tmp_path: Path) -> None:
         """A pixel of the ground is the same in all windows that hold it, warped or not."""

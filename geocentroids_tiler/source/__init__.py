@@ -1,5 +1,6 @@
 """From a URL to the pixels of windows on the ground grid."""
 
+from geocentroids_tiler.source.cells import CellCache
 from geocentroids_tiler.source.dataset import (
     MAX_PX_WITHOUT_OVERVIEWS,
     Dataset,
@@ -16,6 +17,7 @@ from geocentroids_tiler.source.policy import Source, gdal_options, resolve_sourc
 
 __all__ = [
     "MAX_PX_WITHOUT_OVERVIEWS",
+    "CellCache",
     "Dataset",
     "PatchPixels",
     "ReadOptions",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from geocentroids_tiler.grid import Bounds, ChunkIndex, PatchRange, raster_points, window_patches_of
+from geocentroids_tiler.source.cells import CELL_PATCHES, GAP, Cell, CellCache
 from geocentroids_tiler.source.dataset import Dataset, open_raster, to_uint8
 from geocentroids_tiler.source.fill import fill_invalid
 
@@ -28,6 +31,8 @@ _PILLOW_FILTER = {
 }
 _FILTER_RADIUS = {"nearest": 1, "bilinear": 1, "cubic": 2, "average": 1}
 """Reach of the resampling filters, in source pixels at equal gsd."""
+_CELLS_OF_ONE_CALL_BYTES = 32 * 2**20
+"""Memory for cells that the rectangles of one call share, where the caller keeps none."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,19 @@ class WindowPixels:
     labelled: NDArray[np.bool_]
 
 
-def read_windows(dataset: Dataset, windows: Sequence[ChunkIndex], patch_px: int) -> list[WindowPixels]:
+def read_windows(
+    dataset: Dataset, windows: Sequence[ChunkIndex], patch_px: int, cells: CellCache | None = None
+) -> list[WindowPixels]:
     """Read windows of a dataset through one opening of its file.
 
-    What is read for a window depends on nothing but the window: not on the others, not on their order.
+    What is read for a window depends on nothing but the window: not on the others, not on their order, not on what
+    was read before.
 
     Args:
         dataset: the dataset.
         windows: indices of the windows.
         patch_px: pixels a side of a patch.
+        cells: pieces of windows read before, of one codebook; neighbouring windows share most of theirs.
 
     Raises:
         SourceUnavailableError: if the file cannot be read.
@@ -74,11 +83,13 @@ def read_windows(dataset: Dataset, windows: Sequence[ChunkIndex], patch_px: int)
     ranges = [window_patches_of(index, p, pre.margin_patches, pre.stride_patches) for index in windows]
     return [
         WindowPixels(read.pixels, read.valid.reshape(p, patch_px, p, patch_px).mean(axis=(1, 3)) >= 0.5)
-        for read in read_patches(dataset, ranges, patch_px)
+        for read in read_patches(dataset, ranges, patch_px, cells)
     ]
 
 
-def read_patches(dataset: Dataset, ranges: Sequence[PatchRange], patch_px: int) -> list[PatchPixels]:
+def read_patches(
+    dataset: Dataset, ranges: Sequence[PatchRange], patch_px: int, cells: CellCache | None = None
+) -> list[PatchPixels]:
     """Read rectangles of patches of a dataset through one opening of its file.
 
     What is read for a rectangle depends on nothing but the rectangle. It may reach beyond the image.
@@ -87,6 +98,7 @@ def read_patches(dataset: Dataset, ranges: Sequence[PatchRange], patch_px: int) 
         dataset: the dataset.
         ranges: the rectangles, none of them empty.
         patch_px: pixels a side of a patch.
+        cells: pieces of rectangles read before, of one codebook.
 
     Returns:
         For each rectangle of R x C patches its pixels, H = R * patch_px by W = C * patch_px.
@@ -96,11 +108,135 @@ def read_patches(dataset: Dataset, ranges: Sequence[PatchRange], patch_px: int) 
     """
     if not ranges:
         return []
-    with open_raster(dataset.source, dataset.identity, dataset.overview, dataset.timeout_s) as raster:
-        if not dataset.warped:
-            return [_read_direct(raster, dataset, patches, patch_px) for patches in ranges]
-        with _warped(dataset, raster, patch_px) as vrt:
-            return [_read_warped(vrt, dataset, patches, patch_px) for patches in ranges]
+    cells = CellCache(_CELLS_OF_ONE_CALL_BYTES) if cells is None else cells
+    with _Reader(dataset, patch_px) as reader:
+        return [_read(reader, patches, cells) for patches in ranges]
+
+
+class _Reader:
+    """Reads pieces of one dataset, which is opened when the first is read."""
+
+    def __init__(self, dataset: Dataset, patch_px: int) -> None:
+        self.dataset = dataset
+        self.patch_px = patch_px
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    @cached_property
+    def raster(self) -> Any:
+        """The image, or the image warped to the grid, open."""
+        dataset = self.dataset
+        raster = self._stack.enter_context(
+            open_raster(dataset.source, dataset.identity, dataset.overview, dataset.timeout_s)
+        )
+        return self._stack.enter_context(_warped(dataset, raster, self.patch_px)) if dataset.warped else raster
+
+    def cells(self, wanted: Sequence[ChunkIndex]) -> list[Cell]:
+        """Read cells."""
+        ranges = [index.patches(CELL_PATCHES) for index in wanted]
+        if self.dataset.warped:
+            return [_warped_cell(self.raster, self.dataset, patches, self.patch_px) for patches in ranges]
+        return _direct_cells(self.raster, self.dataset, ranges, self.patch_px)
+
+    def filled(self, patches: PatchRange) -> PatchPixels:
+        """Read patches of an image that is not warped as one piece, invalid pixels filled before all is resampled."""
+        return _read_direct(self.raster, self.dataset, patches, self.patch_px)
+
+
+def _read(reader: _Reader, patches: PatchRange, cells: CellCache) -> PatchPixels:
+    """Put a rectangle together from cells; where a cell of an image that is not warped has gaps, read it whole."""
+    dataset, n = reader.dataset, reader.patch_px
+    indices = list(patches.chunks(CELL_PATCHES))
+    found = {index: cells.get((dataset.key, index)) for index in indices}
+    missing = [index for index, cell in found.items() if cell is None]
+    for index, read in zip(missing, reader.cells(missing) if missing else (), strict=True):
+        cells.put((dataset.key, index), read)
+        found[index] = read
+    if any(cell is GAP for cell in found.values()):
+        return reader.filled(patches)
+    height, width = _size_px(patches, n)
+    pixels = np.empty((height, width, 3), np.uint8)
+    valid = np.ones((height, width), bool)
+    for index, cell in found.items():
+        whole = index.patches(CELL_PATCHES)
+        part = whole.intersect(patches)
+        target = _scaled(part.within(patches), n)
+        source = _scaled(part.within(whole), n)
+        if cell is not None:
+            pixels[target] = cell.pixels[source]
+            if cell.valid is not None:
+                valid[target] = cell.valid[source]
+    return PatchPixels(pixels if valid.all() else fill_invalid(pixels, valid), valid)
+
+
+def _scaled(part: tuple[slice, slice], patch_px: int) -> tuple[slice, slice]:
+    rows, cols = part
+    return (
+        slice(rows.start * patch_px, rows.stop * patch_px),
+        slice(cols.start * patch_px, cols.stop * patch_px),
+    )
+
+
+def _direct_cells(raster: Any, dataset: Dataset, ranges: Sequence[PatchRange], patch_px: int) -> list[Cell]:
+    """Read cells of an image that is north up in the grid's CRS: their source in one piece, each resampled alone."""
+    whole = PatchRange(0, raster.height, 0, raster.width)
+    places = [_place(dataset, raster.transform, patches, patch_px) for patches in ranges]
+    inside = {place.source for place in places if place.source.intersect(whole) == place.source}
+    if not inside:
+        return [GAP] * len(ranges)
+    around = PatchRange(
+        min(source.row_start for source in inside),
+        max(source.row_stop for source in inside),
+        min(source.col_start for source in inside),
+        max(source.col_stop for source in inside),
+    )
+    pixels, valid = _read_source(raster, dataset, around)
+    cells = []
+    for place in places:
+        at = place.source.within(around)
+        if place.source not in inside or not valid[at].all():
+            cells.append(GAP)
+        else:
+            image = Image.fromarray(np.ascontiguousarray(pixels[at]))
+            cells.append(
+                Cell(np.asarray(image.resize(place.size, _PILLOW_FILTER[dataset.preprocess.resampling], place.box)))
+            )
+    return cells
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where patches lie in an image that is north up in the grid's CRS.
+
+    Attributes:
+        source: the pixels that resampling looks at, as rows and columns; they may reach beyond the image.
+        box: left, top, right and bottom of the patches in ``source``, in its pixels.
+        size: width and height of the patches in pixels of the codebook.
+    """
+
+    source: PatchRange
+    box: tuple[float, float, float, float]
+    size: tuple[int, int]
+
+
+def _place(dataset: Dataset, transform: Affine, patches: PatchRange, patch_px: int) -> _Place:
+    left, bottom, right, top = dataset.grid.bounds_of(patches)
+    height, width = _size_px(patches, patch_px)
+    t = transform
+    col0, col1 = (left - t.c) / t.a, (right - t.c) / t.a
+    row0, row1 = (top - t.f) / t.e, (bottom - t.f) / t.e
+    first_col, last_col = _with_reach(col0, col1, width, dataset)
+    first_row, last_row = _with_reach(row0, row1, height, dataset)
+    return _Place(
+        source=PatchRange(first_row, last_row, first_col, last_col),
+        box=(col0 - first_col, row0 - first_row, col1 - first_col, row1 - first_row),
+        size=(width, height),
+    )
 
 
 def _read_direct(raster: Any, dataset: Dataset, patches: PatchRange, patch_px: int) -> PatchPixels:
@@ -108,26 +244,23 @@ def _read_direct(raster: Any, dataset: Dataset, patches: PatchRange, patch_px: i
 
     Whole pixels around them are read, invalid ones filled, and the patches cut out of them by one resampling.
     """
-    left, bottom, right, top = dataset.grid.bounds_of(patches)
-    height, width = _size_px(patches, patch_px)
-    t = raster.transform
-    col0, col1 = (left - t.c) / t.a, (right - t.c) / t.a
-    row0, row1 = (top - t.f) / t.e, (bottom - t.f) / t.e
-    first_col, last_col = _with_reach(col0, col1, width, dataset)
-    first_row, last_row = _with_reach(row0, row1, height, dataset)
-    pixels, valid = _read_padded(raster, dataset, PatchRange(first_row, last_row, first_col, last_col))
+    place = _place(dataset, raster.transform, patches, patch_px)
+    pixels, valid = _read_source(raster, dataset, place.source)
+    filled = Image.fromarray(fill_invalid(pixels, valid))
+    image = filled.resize(place.size, _PILLOW_FILTER[dataset.preprocess.resampling], place.box)
+    share = Image.fromarray(valid.astype(np.uint8) * 255).resize(place.size, Image.Resampling.BOX, place.box)
+    return PatchPixels(np.asarray(image), np.asarray(share) >= 128)
+
+
+def _read_source(raster: Any, dataset: Dataset, wanted: PatchRange) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Read whole pixels as ``_read_padded`` does, and leave out the collars."""
+    pixels, valid = _read_padded(raster, dataset, wanted)
     if dataset.collars:
-        v = (np.arange(first_row, last_row) + 0.5)[:, None] / raster.height
-        u = (np.arange(first_col, last_col) + 0.5)[None, :] / raster.width
+        v = (np.arange(wanted.row_start, wanted.row_stop) + 0.5)[:, None] / raster.height
+        u = (np.arange(wanted.col_start, wanted.col_stop) + 0.5)[None, :] / raster.width
         for collar in dataset.collars:
             valid &= ~collar.covers(pixels, v, u)
-    filled = fill_invalid(pixels, valid)
-    box = (col0 - first_col, row0 - first_row, col1 - first_col, row1 - first_row)
-    image = Image.fromarray(filled).resize((width, height), _PILLOW_FILTER[dataset.preprocess.resampling], box)
-    if valid.all():
-        return PatchPixels(np.asarray(image), np.ones((height, width), bool))
-    share = Image.fromarray(valid.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BOX, box)
-    return PatchPixels(np.asarray(image), np.asarray(share) >= 128)
+    return pixels, valid
 
 
 def _size_px(patches: PatchRange, patch_px: int) -> tuple[int, int]:
@@ -193,15 +326,15 @@ def _warped(dataset: Dataset, raster: Any, patch_px: int) -> WarpedVRT:
     )
 
 
-def _read_warped(vrt: WarpedVRT, dataset: Dataset, patches: PatchRange, patch_px: int) -> PatchPixels:
-    """Read patches of a warped image, whose pixels are theirs."""
-    rows, cols = (slice(part.start * patch_px, part.stop * patch_px) for part in patches.within(dataset.footprint))
+def _warped_cell(vrt: WarpedVRT, dataset: Dataset, patches: PatchRange, patch_px: int) -> Cell:
+    """Read a cell of a warped image, whose pixels are its own."""
+    rows, cols = _scaled(patches.within(dataset.footprint), patch_px)
     pixels, valid = _read_padded(vrt, dataset, PatchRange(rows.start, rows.stop, cols.start, cols.stop))
     if dataset.collars and valid.any():
         v, u = _place_in_image(dataset, dataset.grid.bounds_of(patches), valid.shape)
         for collar in dataset.collars:
             valid &= ~collar.covers(pixels, v, u)
-    return PatchPixels(fill_invalid(pixels, valid), valid)
+    return Cell(pixels, None if valid.all() else valid)
 
 
 def _place_in_image(
