@@ -40,6 +40,8 @@ class Cell:
 GAP = Cell(np.zeros((0, 0, 3), np.uint8))
 """A cell of an image that is not warped and has invalid pixels there: these are filled before they are resampled, from
 whatever the window holds around them, so the cell has no pixels of its own."""
+EMPTY = Cell(np.zeros((0, 0, 3), np.uint8))
+"""Such a cell without any valid pixel."""
 
 
 class CellCache(ByteCache[CellKey, Cell]):

@@ -29,9 +29,10 @@ def fill_invalid(pixels: NDArray[np.uint8], valid: NDArray[np.bool_]) -> NDArray
 
 def _mirror_once(pixels: NDArray[np.uint8], valid: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     height, width = valid.shape
-    row, col = np.indices(valid.shape)
-    left, right = _nearest_valid(valid)
-    up, down = (index.T for index in _nearest_valid(valid.T))
+    at = np.flatnonzero(~valid).astype(np.int32)
+    row, col = np.divmod(at, np.int32(width))
+    left, right = (index.ravel()[at] for index in _nearest_valid(valid, axis=1))
+    up, down = (index.ravel()[at] for index in _nearest_valid(valid, axis=0))
     far = height + width
     distance = np.stack(
         [
@@ -42,23 +43,21 @@ def _mirror_once(pixels: NDArray[np.uint8], valid: NDArray[np.bool_]) -> tuple[N
         ]
     )
     side = distance.argmin(axis=0)
-    known = distance.min(axis=0) < far
+    reached = distance.min(axis=0) < far
     edge_row = np.select([side == 2, side == 3], [up, down], row).clip(0, height - 1)
     edge_col = np.select([side == 0, side == 1], [left, right], col).clip(0, width - 1)
-    mirror_row = (2 * edge_row - row).clip(0, height - 1)
-    mirror_col = (2 * edge_col - col).clip(0, width - 1)
-    mirrored = valid[mirror_row, mirror_col]
-    source_row = np.where(mirrored, mirror_row, edge_row)
-    source_col = np.where(mirrored, mirror_col, edge_col)
-    filled = pixels[source_row, source_col]
-    filled[valid] = pixels[valid]
-    return filled, known
+    mirror = (2 * edge_row - row).clip(0, height - 1) * width + (2 * edge_col - col).clip(0, width - 1)
+    source = np.where(valid.ravel()[mirror], mirror, edge_row * width + edge_col)
+    filled, known = pixels.reshape(-1, 3).copy(), valid.ravel().copy()
+    filled[at] = filled[source]
+    known[at] = reached
+    return filled.reshape(pixels.shape), known.reshape(valid.shape)
 
 
-def _nearest_valid(valid: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return for each cell the column of the nearest valid one to its left (-1: none) and right (width: none)."""
-    width = valid.shape[1]
-    col = np.arange(width)
-    left = np.maximum.accumulate(np.where(valid, col, -1), axis=1)
-    right = np.minimum.accumulate(np.where(valid, col, width)[:, ::-1], axis=1)[:, ::-1]
-    return left, right
+def _nearest_valid(valid: NDArray[np.bool_], axis: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return for each cell where along an axis the nearest valid one before it (-1: none) and after it is (n: none)."""
+    n = valid.shape[axis]
+    index = np.arange(n, dtype=np.int32).reshape((1, n) if axis else (n, 1))
+    before = np.maximum.accumulate(np.where(valid, index, np.int32(-1)), axis=axis)
+    after = np.flip(np.minimum.accumulate(np.flip(np.where(valid, index, np.int32(n)), axis), axis=axis), axis)
+    return before, after

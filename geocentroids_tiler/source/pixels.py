@@ -19,7 +19,7 @@ from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from geocentroids_tiler.grid import Bounds, ChunkIndex, PatchRange, raster_points, window_patches_of
-from geocentroids_tiler.source.cells import CELL_PATCHES, GAP, Cell, CellCache
+from geocentroids_tiler.source.cells import CELL_PATCHES, EMPTY, GAP, Cell, CellCache
 from geocentroids_tiler.source.dataset import Dataset, open_raster, to_uint8
 from geocentroids_tiler.source.fill import fill_invalid
 
@@ -149,17 +149,19 @@ class _Reader:
 
 
 def _read(reader: _Reader, patches: PatchRange, cells: CellCache) -> PatchPixels:
-    """Put a rectangle together from cells; where a cell of an image that is not warped has gaps, read it whole."""
+    """Put a rectangle together from cells; where cells of an image that is not warped have gaps, read it whole."""
     dataset, n = reader.dataset, reader.patch_px
-    indices = list(patches.chunks(CELL_PATCHES))
-    found = {index: cells.get((dataset.key, index)) for index in indices}
+    found = {index: cells.get((dataset.key, index)) for index in patches.chunks(CELL_PATCHES)}
     missing = [index for index, cell in found.items() if cell is None]
-    for index, read in zip(missing, reader.cells(missing) if missing else (), strict=True):
-        cells.put((dataset.key, index), read)
-        found[index] = read
-    if any(cell is GAP for cell in found.values()):
-        return reader.filled(patches)
+    if missing and GAP not in found.values():
+        for index, read in zip(missing, reader.cells(missing), strict=True):
+            cells.put((dataset.key, index), read)
+            found[index] = read
     height, width = _size_px(patches, n)
+    if all(cell is EMPTY for cell in found.values()):
+        return PatchPixels(np.zeros((height, width, 3), np.uint8), np.zeros((height, width), bool))
+    if GAP in found.values() or EMPTY in found.values():
+        return reader.filled(patches)
     pixels = np.empty((height, width, 3), np.uint8)
     valid = np.ones((height, width), bool)
     for index, cell in found.items():
@@ -188,7 +190,7 @@ def _direct_cells(raster: Any, dataset: Dataset, ranges: Sequence[PatchRange], p
     places = [_place(dataset, raster.transform, patches, patch_px) for patches in ranges]
     inside = {place.source for place in places if place.source.intersect(whole) == place.source}
     if not inside:
-        return [GAP] * len(ranges)
+        return [EMPTY if place.source.intersect(whole).empty else GAP for place in places]
     around = PatchRange(
         min(source.row_start for source in inside),
         max(source.row_stop for source in inside),
@@ -199,8 +201,10 @@ def _direct_cells(raster: Any, dataset: Dataset, ranges: Sequence[PatchRange], p
     cells = []
     for place in places:
         at = place.source.within(around)
-        if place.source not in inside or not valid[at].all():
-            cells.append(GAP)
+        if place.source not in inside:
+            cells.append(EMPTY if place.source.intersect(whole).empty else GAP)
+        elif not valid[at].all():
+            cells.append(GAP if valid[at].any() else EMPTY)
         else:
             image = Image.fromarray(np.ascontiguousarray(pixels[at]))
             cells.append(
@@ -285,28 +289,30 @@ def _read_padded(raster: Any, dataset: Dataset, wanted: PatchRange) -> tuple[NDA
         return pixels, valid
     rows, cols = inside.shape
     window = Window(inside.col_start, inside.row_start, cols, rows)
-    part = raster.read(dataset.indexes, window=window)  # (3, rows, cols)
     at = inside.within(wanted)
+    if dataset.options.rescale is None:  # bytes, written where they belong
+        raster.read(dataset.indexes, window=window, out=pixels[at].transpose(2, 0, 1))
+        valid[at] = _validity(raster, dataset, window)
+        return pixels, valid
+    part = raster.read(dataset.indexes, window=window)  # (3, rows, cols)
     pixels[at] = to_uint8(part, dataset.options.rescale).transpose(1, 2, 0)
-    valid[at] = _validity(raster, dataset, window, part)
+    valid[at] = _validity(raster, dataset, window)
+    if np.issubdtype(part.dtype, np.floating):
+        valid[at] &= np.isfinite(part).all(axis=0)
     return pixels, valid
 
 
-def _validity(raster: Any, dataset: Dataset, window: Window, part: NDArray[Any]) -> NDArray[np.bool_]:
-    """Tell which pixels are data, of shape (rows, cols): by alpha, else by mask or nodata, and by not-a-number."""
+def _validity(raster: Any, dataset: Dataset, window: Window) -> NDArray[np.bool_]:
+    """Tell which pixels are data, of shape (rows, cols): by alpha, else by mask or nodata."""
     if ColorInterp.alpha in raster.colorinterp:
         alpha = raster.read(raster.colorinterp.index(ColorInterp.alpha) + 1, window=window)
         # A warped image of floating-point numbers has 255 for opaque, a file of its own may have 1.
         opaque = np.iinfo(alpha.dtype).max if np.issubdtype(alpha.dtype, np.integer) else 1.0
-        valid = alpha >= opaque / 2
-    else:
-        # A pixel is data if any band is: a pure red has nodata = 0 in the other two.
-        shared = MaskFlags.per_dataset in raster.mask_flag_enums[0]
-        bands = dataset.indexes[:1] if shared else dataset.indexes
-        valid = (raster.read_masks(bands, window=window) >= 128).any(axis=0)
-    if np.issubdtype(part.dtype, np.floating):
-        valid &= np.isfinite(part).all(axis=0)
-    return np.asarray(valid)
+        return np.asarray(alpha >= opaque / 2)
+    # A pixel is data if any band is: a pure red has nodata = 0 in the other two.
+    shared = MaskFlags.per_dataset in raster.mask_flag_enums[0]
+    bands = dataset.indexes[:1] if shared else dataset.indexes
+    return np.asarray((raster.read_masks(bands, window=window) >= 128).any(axis=0))
 
 
 def _warped(dataset: Dataset, raster: Any, patch_px: int) -> WarpedVRT:
