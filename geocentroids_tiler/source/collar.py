@@ -76,8 +76,10 @@ def find_collars(overview: NDArray[np.uint8], cell_px: float) -> tuple[Collar, .
     """
     collars = []
     for white in (False, True):
-        core = _erode(_is_flat(overview, white, FLAT))
-        reached = _reach_from_edge(core)
+        flat = _is_flat(overview, white, FLAT)
+        if not _edge_runs(flat).any():  # most images: what takes no stretch of the edge is no collar
+            continue
+        reached = _reach_from_edge(_erode(flat))
         if reached.any():
             area = _dilate(reached)
             near = _dilate(area, max(2, math.ceil(NOISE_REACH_PX / cell_px)))
@@ -107,16 +109,22 @@ def _erode(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _reach_from_edge(area: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return the part of ``area`` that is connected, through sides of cells, to a long enough run on the edge."""
-    shortest = max(SHORTEST_EDGE_CELLS, round(SHORTEST_EDGE_SHARE * max(area.shape)))
-    reached = np.zeros_like(area)
-    for line in np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1]:
-        reached[line] |= _long_runs(area[line], shortest)
+    reached = _edge_runs(area)
     while True:
         before = np.count_nonzero(reached)
         reached = _fill_runs(area, reached)
         reached = _fill_runs(area.T, reached.T).T
         if np.count_nonzero(reached) == before:
             return reached
+
+
+def _edge_runs(area: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Keep the runs on the edge of ``area`` that are long enough for a collar, of shape ``area.shape``."""
+    shortest = max(SHORTEST_EDGE_CELLS, round(SHORTEST_EDGE_SHARE * max(area.shape)))
+    runs = np.zeros_like(area)
+    for line in np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1]:
+        runs[line] |= _long_runs(area[line], shortest)
+    return runs
 
 
 def _long_runs(line: NDArray[np.bool_], shortest: int) -> NDArray[np.bool_]:
