@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class GeocentroidsError(Exception):
     """Base of every error this package raises on purpose. Its text is one sentence for the user."""
@@ -17,6 +19,10 @@ class SourceRefusedError(GeocentroidsError):
 
 class SourceUnavailableError(GeocentroidsError):
     """The source is missing, forbidden or unreadable; the three are not told apart."""
+
+
+class SourceChangedError(GeocentroidsError):
+    """The source is no longer what it was when work on it began."""
 
 
 class UnsupportedImageError(GeocentroidsError):
@@ -35,6 +41,34 @@ class EncoderError(GeocentroidsError):
     """The encoder of a codebook cannot be loaded or run here."""
 
 
+class BusyError(GeocentroidsError):
+    """More is asked for than can be done now; the same request may succeed later.
+
+    Attributes:
+        retry_after_s: when to ask again.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class KeptLabelsError(GeocentroidsError):
+    """Labels kept on disk are broken."""
+
+
+class StorageFullError(GeocentroidsError):
+    """What is to be kept does not fit where it belongs."""
+
+
+class JobNotFoundError(GeocentroidsError):
+    """There is no such job, or no longer."""
+
+
+class JobStateError(GeocentroidsError):
+    """The job is in a state in which this cannot be done."""
+
+
 class DownloadError(GeocentroidsError):
     """Something that had to be fetched could not be fetched or is not what was expected."""
 
@@ -44,10 +78,16 @@ HTTP_STATUS: dict[type[GeocentroidsError], int] = {
     InputError: 400,
     SourceRefusedError: 400,
     SourceUnavailableError: 404,
+    SourceChangedError: 409,
     UnsupportedImageError: 422,
     CodebookError: 500,
     CodebookNotFoundError: 404,
     EncoderError: 503,
+    BusyError: 503,
+    KeptLabelsError: 500,
+    StorageFullError: 507,
+    JobNotFoundError: 404,
+    JobStateError: 409,
     DownloadError: 502,
 }
 """Status of an error raised while a request is answered; a class not listed takes its nearest base's."""
@@ -56,6 +96,11 @@ HTTP_STATUS: dict[type[GeocentroidsError], int] = {
 def http_status(error: GeocentroidsError) -> int:
     """Return the HTTP status for ``error``: that of the nearest class in its MRO listed in ``HTTP_STATUS``."""
     return next(HTTP_STATUS[cls] for cls in type(error).__mro__ if cls in HTTP_STATUS)
+
+
+def http_headers(error: GeocentroidsError) -> dict[str, str]:
+    """Return the headers that go with ``error``: when to try again, where that helps."""
+    return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, BusyError) else {}
 
 
 def short(value: object) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from geocentroids_tiler.errors import InputError
@@ -22,7 +23,9 @@ def default_codebooks_dir() -> Path:
 class Settings(BaseSettings):
     """What an operator can choose. Sizes are in bytes, times in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="GEOCENTROIDS_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="GEOCENTROIDS_", frozen=True, extra="ignore", hide_input_in_errors=True
+    )
 
     codebook: str = Field(default="nano", min_length=1, description="codebook used where a request names none")
     codebooks_dir: Path = Field(
@@ -36,11 +39,14 @@ class Settings(BaseSettings):
         default=None, max_length=4096, description="image that the viewer opens with when it is given none"
     )
 
-    backend: Literal["auto", "onnx", "torch"] = Field(default="auto", description="what runs the encoder")
+    backend: Literal["auto", "onnx", "openvino", "torch"] = Field(
+        default="auto", description="what runs the encoder; auto: the fastest installed one for this machine"
+    )
     provider: str = Field(default="auto", description="ONNX Runtime execution provider, for example CUDA or CPU")
     device: str = Field(default="auto", description="torch device, for example cuda:0 or cpu")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="number format of the torch encoder; auto: bf16 on CUDA, fp32 on a CPU"
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        default="auto",
+        description="number format of the encoder; auto: bf16 with torch on CUDA and OpenVINO on a CPU that has it",
     )
     threads: int | None = Field(default=None, ge=1, le=256, description="CPU threads of the encoder; none: all cores")
     batch_windows: int | None = Field(
@@ -49,6 +55,23 @@ class Settings(BaseSettings):
 
     read_threads: int = Field(default=4, ge=1, le=64, description="windows read from sources at once")
     label_cache_bytes: int = Field(default=128 * MIB, ge=0, description="memory for computed labels")
+    label_store_dir: Path | None = Field(
+        default=None, description="folder on a local disk that keeps computed labels; none: memory only"
+    )
+    label_store_bytes: int = Field(default=1024 * MIB, ge=16 * MIB, description="disk for that folder")
+    redis_url: SecretStr | None = Field(
+        default=None, description="Redis that keeps computed labels for several machines; none: no Redis"
+    )
+    redis_ttl_s: int = Field(
+        default=30 * 86400, ge=1, le=365 * 86400, description="time after which Redis forgets labels"
+    )
+    labels_dir: Path | None = Field(
+        default=None, description="folder of labels of whole datasets, and of the jobs that make them; none: no jobs"
+    )
+    label_files_bytes: int = Field(
+        default=10 * 1024 * MIB, ge=0, description="disk for that folder; a job that may not fit is refused"
+    )
+    max_jobs: int = Field(default=100, ge=1, le=10_000, description="unfinished jobs; with as many, more are refused")
     token_cache_bytes: int = Field(
         default=256 * MIB, ge=0, description="device memory for tokens that neighbouring chunks share"
     )
@@ -57,6 +80,18 @@ class Settings(BaseSettings):
         default=60, ge=0, le=86400, description="time after which a source is asked again whether it changed"
     )
     source_timeout_s: float = Field(default=10, gt=0, le=600, description="longest wait for an answer of a source")
+    failure_ttl_s: float = Field(
+        default=3, ge=0, le=60, description="time for which a source that could not be opened is not asked again"
+    )
+    request_timeout_s: float = Field(
+        default=60, gt=0, le=3600, description="longest wait of a tile or point for its labels"
+    )
+    export_timeout_s: float = Field(
+        default=600, gt=0, le=86400, description="longest wait of an export or statistics for their labels"
+    )
+    queue_windows: int = Field(
+        default=4096, ge=1, le=1_000_000, description="windows that may wait; with as many, requests are refused"
+    )
     tile_budget_s: float = Field(
         default=4, gt=0, le=600, description="computing time that a tile may need; it sets minzoom"
     )
@@ -69,6 +104,20 @@ class Settings(BaseSettings):
     cache_control: str = Field(
         default="public, max-age=3600", pattern=r"^[\x20-\x7e]+$", description="Cache-Control header of tiles"
     )
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, url: SecretStr | None) -> SecretStr | None:
+        """Refuse what is no address of a Redis, without repeating it: it may hold a password."""
+        if url is not None:
+            try:
+                parts = urlsplit(url.get_secret_value())
+                usable = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
+            except ValueError:
+                usable = False
+            if not usable:
+                raise ValueError("not redis://host:port/number or rediss://host:port/number")
+        return url
 
 
 def load_settings(**values: Any) -> Settings:
@@ -85,4 +134,10 @@ def load_settings(**values: Any) -> Settings:
     except ValidationError as error:
         problem = error.errors()[0]
         name = "_".join(str(part) for part in problem["loc"]).upper()
-        raise InputError(f"GEOCENTROIDS_{name} = {problem['input']!r}: {problem['msg']}") from error
+        given = "(hidden)" if name.lower() in _secret_names() else repr(problem["input"])
+        raise InputError(f"GEOCENTROIDS_{name} = {given}: {problem['msg']}") from error
+
+
+def _secret_names() -> set[str]:
+    """Return the settings whose values are shown nowhere."""
+    return {name for name, field in Settings.model_fields.items() if SecretStr in get_args(field.annotation)}
