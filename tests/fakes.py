@@ -88,6 +88,7 @@ class FakeEncoder:
     runs: list[int] = field(default_factory=list)
     encoded: Counter[str] = field(default_factory=Counter)
     assigned: list[int] = field(default_factory=list)
+    closed: bool = False
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -96,7 +97,7 @@ class FakeEncoder:
     def windows_at_once(self) -> int:
         return self.batch_windows
 
-    def encode(self, windows: NDArray[np.uint8]) -> list[NDArray[np.float64]]:
+    def encode(self, windows: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[NDArray[np.float64]]:
         assert len(windows) <= self.batch_windows
         self.entered.release()
         assert self.gate.wait(PATIENCE_S)
@@ -114,6 +115,9 @@ class FakeEncoder:
 
     def assigner(self, centroids: NDArray[np.float32], metric: str, layout: ChunkLayout) -> FakeAssigner:
         return FakeAssigner(self, centroids.astype(np.float64), metric, layout)
+
+    def close(self) -> None:
+        self.closed = True
 
     def forget(self) -> None:
         """Start counting anew."""
@@ -134,6 +138,11 @@ class FakeAssigner:
     layout: ChunkLayout
 
     def assign(self, chunks: Sequence[Sequence[NDArray[np.float64]]]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+        return self.begin(chunks)()
+
+    def begin(
+        self, chunks: Sequence[Sequence[NDArray[np.float64]]]
+    ) -> Callable[[], tuple[NDArray[np.uint16], NDArray[np.float32]]]:
         self.encoder.assigned.append(len(chunks))
         s, weights = self.layout.stride_patches, self.layout.weights().astype(np.float64)
         labels, similarity = [], []
@@ -145,7 +154,8 @@ class FakeAssigner:
             score = similarities(blended, self.centroids, self.metric)
             labels.append(score.argmax(axis=-1).astype(np.uint16))
             similarity.append(score.max(axis=-1).astype(np.float32))
-        return np.stack(labels), np.stack(similarity)
+        result = np.stack(labels), np.stack(similarity)
+        return lambda: result
 
 
 def similarities(tokens: NDArray[np.float64], centroids: NDArray[np.float64], metric: str) -> NDArray[np.float64]:

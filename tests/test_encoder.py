@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,24 +17,30 @@ import faiss
 import numpy as np
 import onnx
 import onnxruntime as ort
+import openvino
 import pytest
 import torch
 from encoder_models import KINDS, MEAN, STD, make_model, save_model, scenes
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from openvino import opset13
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BitImageProcessorPil, Dinov2WithRegistersModel
 
-from geocentroids_tiler.encoder import EncoderSource, export, load_encoder
+from geocentroids_tiler.encoder import EncoderSource, encoder_source, export, int8, load_encoder
 from geocentroids_tiler.encoder import onnx as onnx_backend
+from geocentroids_tiler.encoder import openvino as openvino_backend
 from geocentroids_tiler.encoder.assign_graph import assign_graph
 from geocentroids_tiler.encoder.base import ChunkLayout
 from geocentroids_tiler.encoder.checks import METRICS
 from geocentroids_tiler.encoder.export import export_onnx
 from geocentroids_tiler.encoder.onnx import OnnxAssigner, OnnxEncoder
+from geocentroids_tiler.encoder.openvino import OpenVinoEncoder, multiplies_bf16
 from geocentroids_tiler.encoder.table import centroid_table
 from geocentroids_tiler.encoder.torch import TorchEncoder
 from geocentroids_tiler.errors import EncoderError
+from geocentroids_tiler.hub import find_codebook
+from geocentroids_tiler.scene import make_scene
 
 pytestmark = pytest.mark.torch
 
@@ -48,12 +56,24 @@ class Tolerance:
 
 TOLERANCES = {
     "torch": Tolerance(1e-6, 5.2e-8, "share of the largest token; the same operations on another batch shape"),
+    "openvino": Tolerance(1e-5, 7.0e-7, "share of the largest token; other matrix kernels, fp32"),
     "onnx": Tolerance(1e-5, 1.1e-6, "share of the largest token; other matrix kernels, fp32"),
     "similarity": Tolerance(2e-6, 2.9e-7, "share of the largest similarity (1 for cosine); fp32 sums of D products"),
     "near tie": Tolerance(2e-6, 0.0, "float64 margin, same share, below which fp32 may choose otherwise; none did"),
     "notebook fp32": Tolerance(0.999, 1.0, "share of equal labels; fp32 noise is far below the margins"),
     "notebook fp16 features": Tolerance(0.995, 0.9990, "share of equal labels; the notebook rounds to fp16, we do not"),
-    "notebook bf16": Tolerance(0.99, 0.9980, "share of equal labels; 0.994 with other centroids: bf16 keeps 8 bits"),
+    "notebook torch bf16": Tolerance(
+        0.99, 0.9980, "share of equal labels; 0.994 with other centroids: bf16 keeps 8 bits"
+    ),
+    "notebook openvino bf16": Tolerance(
+        0.99, 0.9941, "share of equal labels; sums of products in fp32, the rest in bf16"
+    ),
+    "notebook openvino int8": Tolerance(
+        0.97, 0.9922, "share of equal labels; weights and tokens of linear layers in 8 bits"
+    ),
+    "nano fp32": Tolerance(0.999, 1.0, "share of equal labels, the trained encoder on the sample scene"),
+    "nano bf16": Tolerance(0.99, 1.0, "share of equal labels, likewise; what auto may choose has 0.99 or more"),
+    "nano int8": Tolerance(0.98, 0.9970, "share of equal labels, likewise; opt-in"),
 }
 
 
@@ -68,6 +88,7 @@ def agrees(name: str, share: float) -> None:
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_bf16 = pytest.mark.skipif(not multiplies_bf16(openvino.Core()), reason="a CPU without instructions for bf16")
 
 
 @pytest.fixture(scope="session", params=KINDS)
@@ -97,6 +118,11 @@ def torch_encoder(folder: Path, **changes: Any) -> TorchEncoder:
     params=[
         "onnx-1",
         "onnx-4",
+        "openvino-fp32-1",
+        "openvino-fp32-4",
+        pytest.param("openvino-bf16-1", marks=needs_bf16),
+        "openvino-int8-1",
+        "openvino-int8-4",
         "torch-1",
         "torch-4",
         "torch-bf16-4",
@@ -108,14 +134,18 @@ def encoder(request: pytest.FixtureRequest, tiny: Path, tiny_onnx: Path) -> Any:
     backend, *middle, batch = request.param.split("-")
     if backend == "onnx":
         return OnnxEncoder(tiny_onnx, provider="cpu", batch_windows=int(batch))
+    if backend == "openvino":
+        return OpenVinoEncoder(tiny_onnx, precision=middle[0], batch_windows=int(batch))
     device = "cuda" if "cuda" in middle else "cpu"
     precision = "bf16" if "bf16" in middle else "auto"
     return torch_encoder(tiny, batch_windows=int(batch), precision=precision, device=device)
 
 
-@pytest.fixture(params=["onnx", "torch"])
+@pytest.fixture(params=["onnx", "openvino", "torch"])
 def fp32_encoder(request: pytest.FixtureRequest, tiny: Path, tiny_onnx: Path) -> Any:
-    return OnnxEncoder(tiny_onnx, provider="cpu") if request.param == "onnx" else torch_encoder(tiny)
+    if request.param == "onnx":
+        return OnnxEncoder(tiny_onnx, provider="cpu")
+    return OpenVinoEncoder(tiny_onnx, precision="fp32") if request.param == "openvino" else torch_encoder(tiny)
 
 
 def source_of(tiny: Path | None, onnx_path: Path | None, **changes: Any) -> EncoderSource:
@@ -155,6 +185,8 @@ def handle_of(encoder: Any, tokens: NDArray[np.float32]) -> Any:
     """Tokens (P, P, D) as a handle of the encoder."""
     if isinstance(encoder, TorchEncoder):
         return torch.from_numpy(tokens)
+    if isinstance(encoder, OpenVinoEncoder):
+        return tokens
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tokens[None]))
 
 
@@ -179,6 +211,12 @@ def test_tokens_are_those_of_transformers(checkpoint: Path, tmp_path: Path, wind
     found = fetch_all(by_onnx, windows)
     within("onnx", np.abs(found - expected).max() / np.abs(expected).max())
     assert report.size_bytes == path.stat().st_size
+
+    by_openvino = OpenVinoEncoder(path, precision="fp32")
+    assert (by_openvino.dim, by_openvino.window_patches, by_openvino.spec.patch_px) == (64, window_patches, 14)
+    found = fetch_all(by_openvino, windows)
+    assert found.dtype == np.float32
+    within("openvino", np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def test_a_position_grid_other_than_the_window(tmp_path: Path) -> None:
@@ -207,17 +245,26 @@ def test_fp16_file_is_half_as_large_and_computes_in_fp32(tiny: Path, tiny_onnx: 
 
 def test_info_and_sizes(encoder: Any) -> None:
     (handle,) = encoder.encode(scenes(1, 224))
-    held = handle.numel() * handle.element_size() if torch.is_tensor(handle) else handle.numpy().nbytes
-    assert encoder.token_bytes() == held
     if torch.is_tensor(handle):
+        held = handle.numel() * handle.element_size()
         assert handle.untyped_storage().nbytes() == held  # no view that keeps its batch in memory
-    assert encoder.info.backend in ("onnxruntime", "torch")
+    elif isinstance(handle, np.ndarray):
+        held = handle.nbytes
+        assert handle.base is None or handle.base.nbytes == held
+    else:
+        held = handle.numpy().nbytes
+    assert encoder.token_bytes() == held
+    assert encoder.info.backend in ("onnxruntime", "openvino", "torch")
+    assert encoder.windows_at_once % encoder.batch_windows == 0
     assert encoder.dim == 64
     assert encoder.window_patches == 16
 
 
 def test_no_windows_and_wrong_windows(encoder: Any) -> None:
     assert encoder.encode(np.zeros((0, 224, 224, 3), np.uint8)) == []
+    assert encoder.encode([]) == []
+    with pytest.raises(EncoderError, match=r"a window is uint8 \(224, 224, 4\), allowed: uint8 \(224, 224, 3\)"):
+        encoder.encode([np.zeros((224, 224, 3), np.uint8), np.zeros((224, 224, 4), np.uint8)])
     with pytest.raises(EncoderError, match=r"float32 \(1, 224, 224, 3\), allowed: uint8 \(N, 224, 224, 3\)"):
         encoder.encode(np.zeros((1, 224, 224, 3), np.float32))
     with pytest.raises(EncoderError, match=r"\(1, 448, 448, 3\)"):
@@ -251,6 +298,8 @@ def test_batch_invariance(encoder: Any) -> None:
     orders += [np.array([3, 3, 3, 0, 3])]  # the same window at several places of a batch
     for order in orders:
         assert np.array_equal(fetch_all(encoder, windows[order]), tokens[order])
+        one_by_one = encoder.encode([windows[i] for i in order])
+        assert all(np.array_equal(encoder.fetch(one), tokens[i]) for one, i in zip(one_by_one, order, strict=True))
         found, found_similarity = labels_of(encoder, windows[order], centroids)
         assert np.array_equal(found, labels[order])
         assert np.array_equal(found_similarity, similarity[order])
@@ -278,12 +327,68 @@ def test_every_run_has_the_same_shape(tiny: Path, tiny_onnx: Path, monkeypatch: 
     assert shapes == {(4, 3, 224, 224), (4, 224, 224, 3)}
 
 
+def test_windows_in_any_memory(encoder: Any) -> None:
+    """Parts of a larger image, mirrored ones, and those that must not be written."""
+    image = scenes(1, 300, seed=15)[0]
+    views = [image[:224, :224], image[30:254, 60:284][::-1], image.transpose(1, 0, 2)[:224, 5:229]]
+    plain = np.stack(views)
+    image.flags.writeable = False
+    locked = np.ascontiguousarray(views[0])
+    locked.flags.writeable = False
+    assert np.array_equal(fetch_all(encoder, views), fetch_all(encoder, plain))
+    assert np.array_equal(fetch_all(encoder, [locked]), fetch_all(encoder, plain[:1]))
+    assert np.array_equal(plain, np.stack(views))
+
+
+def test_windows_encoded_between_begin_and_wait(encoder: Any) -> None:
+    """The labels are those of the tokens that were handed over, whatever the device does next."""
+    handles = encoder.encode(scenes(6, 224, seed=16))
+    centroids = np.stack([encoder.fetch(handle) for handle in handles]).reshape(-1, 64)[::11]
+    assigner = encoder.assigner(centroids, "cosine", ChunkLayout(16, 3, 5))
+    chunks = [[handles[i], handles[(i + 1) % 6], handles[i], handles[(i + 3) % 6]] for i in range(6)]
+    expected, expected_similarity = assigner.assign(chunks)
+    first, second = assigner.begin(chunks[:4]), assigner.begin(chunks[4:])
+    encoder.encode(scenes(5, 224, seed=17))
+    for waits, part in ((second, slice(4, 6)), (first, slice(0, 4))):
+        labels, similarity = waits()
+        assert (labels.dtype, similarity.dtype) == (np.uint16, np.float32)
+        assert np.array_equal(labels, expected[part])
+        assert np.array_equal(similarity, expected_similarity[part])
+
+
+def test_close_ends_the_threads(tiny: Path, tiny_onnx: Path) -> None:
+    makers: list[Callable[[], Any]] = [
+        lambda: OnnxEncoder(tiny_onnx, provider="cpu", threads=2),
+        lambda: OpenVinoEncoder(tiny_onnx, threads=2),  # its threads are not Python's
+        lambda: torch_encoder(tiny, threads=2),
+    ]
+    for make in makers:
+        before = set(threading.enumerate())
+        encoder = make()
+        encoder.encode(scenes(3, 224))
+        encoder.close()
+        assert set(threading.enumerate()) <= before
+
+
+def test_torch_leaves_the_threads_of_others_alone(tiny: Path) -> None:
+    before = torch.get_num_threads()
+    encoder = torch_encoder(tiny, threads=3)
+    assert encoder.windows_at_once == 3
+    assert encoder._pool is not None
+    assert [encoder._pool.submit(torch.get_num_threads).result() for _ in range(9)] == [1] * 9
+    assert torch.get_num_threads() == before
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == before
+
+
 def grouped_assigner(encoder: Any, centroids: NDArray[np.float32], layout: ChunkLayout, chunks: int) -> Any:
     """An assigner that labels several chunks in one run, as on a GPU."""
     if isinstance(encoder, TorchEncoder):
         assigner = encoder.assigner(centroids, "inner_product", layout)
-        assigner._chunks = chunks
+        assigner._run_size.count = chunks
         return assigner
+    if isinstance(encoder, OpenVinoEncoder):
+        return encoder.assigner(centroids, "inner_product", layout)
     table = centroid_table(centroids, "inner_product")
     graph = assign_graph(table, "inner_product", layout, chunks=chunks, explicit_ties=True)
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
@@ -543,9 +648,10 @@ def external_initializer_in_subgraph(model: Any) -> None:
 )
 def test_onnx_file_refused(tiny_onnx: Path, tmp_path: Path, change: Any, message: str) -> None:
     path = changed(tiny_onnx, tmp_path / "bad.onnx", change)
-    with pytest.raises(EncoderError, match=message) as caught:
-        OnnxEncoder(path)
-    assert str(path) in str(caught.value)
+    for backend in (OnnxEncoder, OpenVinoEncoder):
+        with pytest.raises(EncoderError, match=message) as caught:
+            backend(path)
+        assert str(path) in str(caught.value)
 
 
 def test_real_external_data_refused(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -576,9 +682,12 @@ def test_a_file_with_a_fixed_batch(tiny_onnx: Path, tmp_path: Path) -> None:
             value.type.tensor_type.shape.dim[0].dim_value = 2
 
     path = changed(tiny_onnx, tmp_path / "fixed.onnx", fix)
-    assert OnnxEncoder(path, provider="cpu").batch_windows == 2
-    with pytest.raises(EncoderError, match="fixes batches of 2 windows, 4 were asked for"):
-        OnnxEncoder(path, batch_windows=4)
+    for backend in (OnnxEncoder, OpenVinoEncoder):
+        encoder: Any = backend(path)
+        assert encoder.batch_windows == 2
+        assert len(encoder.encode(scenes(3, 224))) == 3
+        with pytest.raises(EncoderError, match="fixes batches of 2 windows, 4 were asked for"):
+            backend(path, batch_windows=4)
 
 
 def test_device_and_precision_refused(tiny: Path) -> None:
@@ -678,20 +787,38 @@ def test_export_refuses_what_fp16_cannot_hold(tiny: Path, tmp_path: Path) -> Non
 # ---- load_encoder ------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_onnx_then_torch(tiny: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_encoder(source_of(tiny, tiny_onnx)).info.backend == "onnxruntime"
-    assert load_encoder(source_of(tiny, tiny_onnx), backend="torch").info.backend == "torch"
-    assert load_encoder(source_of(tiny, None), threads=torch.get_num_threads()).info.backend == "torch"
+def test_auto_takes_openvino_then_onnx_then_torch(tiny: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(source: EncoderSource, **options: Any) -> str:
+        return load_encoder(source, **options).info.backend
+
+    both, file, model = source_of(tiny, tiny_onnx), source_of(None, tiny_onnx), source_of(tiny, None)
+    assert backend(both) == backend(file) == "openvino"
+    assert backend(both, precision="int8") == "openvino"
+    assert backend(model) == "torch"
+    assert backend(both, provider="cpu") == "onnxruntime"
+    for name in ("onnx", "torch", "openvino"):
+        assert backend(both, backend=name).startswith(name)
+    with monkeypatch.context() as patch:  # a GPU is faster than OpenVINO on the CPU beside it
+        patch.setattr("geocentroids_tiler.encoder.providers.has_gpu", lambda: True)
+        assert backend(both) == "onnxruntime"
+        assert backend(both, precision="int8") == "openvino"
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert backend(both) == backend(file) == "onnxruntime"
+    assert backend(both, precision="bf16") == "torch"
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert load_encoder(source_of(tiny, tiny_onnx)).info.backend == "torch"
+    assert backend(both) == "torch"
 
 
 def test_missing_extras_say_what_to_install(tiny: Path, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    for wanted in ({"backend": "openvino"}, {"precision": "int8"}):
+        with pytest.raises(EncoderError, match=r"needs OpenVINO: pip install 'geocentroids-tiler\[openvino\]'$"):
+            load_encoder(source_of(tiny, tiny_onnx), **wanted)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(EncoderError, match=r"pip install 'geocentroids-tiler\[cpu\]' .*\[gpu\]'") as caught:
+    with pytest.raises(EncoderError, match=r"\[openvino\].* pip install 'geocentroids-tiler\[cpu\]' .*") as caught:
         load_encoder(source_of(None, tiny_onnx))
     assert "[torch]" not in str(caught.value)  # it would not help: there is no checkpoint
-    with pytest.raises(EncoderError, match=r"\[cpu\]"):
+    with pytest.raises(EncoderError, match=r"ONNX Runtime: pip install 'geocentroids-tiler\[cpu\]' .*\[gpu\]'"):
         load_encoder(source_of(tiny, tiny_onnx), backend="onnx")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(EncoderError, match=r"\[cpu\].*pip install 'geocentroids-tiler\[torch\]'"):
@@ -701,20 +828,117 @@ def test_missing_extras_say_what_to_install(tiny: Path, tiny_onnx: Path, monkeyp
             load_encoder(source_of(tiny, None), backend=backend)
 
 
-def test_backends_that_a_source_does_not_offer(tiny: Path, tiny_onnx: Path) -> None:
-    with pytest.raises(EncoderError, match="without an ONNX file; make one with geocentroids export-onnx"):
-        load_encoder(source_of(tiny, None), backend="onnx")
+def test_backends_and_precisions_that_a_source_does_not_offer(tiny: Path, tiny_onnx: Path) -> None:
+    for backend in ("onnx", "openvino"):
+        with pytest.raises(EncoderError, match="without an ONNX file; make one with geocentroids export-onnx"):
+            load_encoder(source_of(tiny, None), backend=backend)
     with pytest.raises(EncoderError, match="ONNX file only"):
         load_encoder(source_of(None, tiny_onnx), backend="torch")
     with pytest.raises(EncoderError, match="neither an ONNX file nor a model"):
         load_encoder(source_of(None, None))
-    with pytest.raises(EncoderError, match="'jax', allowed: auto, onnx, torch"):
+    with pytest.raises(EncoderError, match="'jax', allowed: auto, onnx, openvino, torch"):
         load_encoder(source_of(tiny, tiny_onnx), backend="jax")
     with pytest.raises(EncoderError, match="'bf16', allowed with onnx: auto, fp32"):
         load_encoder(source_of(tiny, tiny_onnx), backend="onnx", precision="bf16")
+    with pytest.raises(EncoderError, match="'int8', allowed with torch: auto, fp32, bf16"):
+        load_encoder(source_of(tiny, None), precision="int8")
+    with pytest.raises(
+        EncoderError, match=r"'int4', allowed with openvino: auto, fp32, bf16, int8; allowed with onnx: auto, fp32$"
+    ):
+        load_encoder(source_of(None, tiny_onnx), precision="int4")
 
 
-@pytest.mark.parametrize("backend", ["onnx", "torch"])
+def test_precisions_of_openvino(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EncoderError, match="'int4', allowed with openvino: auto, fp32, bf16, int8"):
+        OpenVinoEncoder(tiny_onnx, precision="int4")
+    with pytest.raises(EncoderError, match="batch_windows is 0"):
+        OpenVinoEncoder(tiny_onnx, batch_windows=0)
+    for native, auto, mixed in ((True, "bf16", "int8+bf16"), (False, "fp32", "int8+fp32")):
+        monkeypatch.setattr(openvino_backend, "multiplies_bf16", lambda _core, native=native: native)
+        assert OpenVinoEncoder(tiny_onnx).info.precision == auto
+        assert OpenVinoEncoder(tiny_onnx, precision="int8").info.precision == mixed
+        assert OpenVinoEncoder(tiny_onnx, precision="fp32").info.precision == "fp32"
+    with pytest.raises(
+        EncoderError, match="'bf16', but this CPU has no instructions for it; allowed: auto, fp32, int8"
+    ):
+        OpenVinoEncoder(tiny_onnx, precision="bf16")
+
+
+def test_copies_that_disagree(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = OpenVinoEncoder.encode
+
+    def disturbed(self: OpenVinoEncoder, windows: Any) -> list[Any]:
+        tokens = real(self, windows)
+        tokens[-1][3, 4, 5] = np.nextafter(tokens[-1][3, 4, 5], np.float32(9))
+        return tokens
+
+    monkeypatch.setattr(OpenVinoEncoder, "encode", disturbed)
+    with pytest.raises(EncoderError, match="computes different tokens of one window here; use backend onnx"):
+        OpenVinoEncoder(tiny_onnx)
+
+
+def test_copies_share_the_threads(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_backend, "MAX_COPIES", 2)
+    assert OpenVinoEncoder(tiny_onnx, threads=5).windows_at_once == 2
+    assert OpenVinoEncoder(tiny_onnx, threads=1, batch_windows=3).windows_at_once == 3
+
+
+def test_a_run_that_fails(tiny_onnx: Path) -> None:
+    class Failing:
+        def __init__(self, request: Any) -> None:
+            self.request = request
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.request, name)
+
+        def wait(self) -> None:
+            self.request.wait()
+            raise RuntimeError("Exception from src/inference/src/cpp/infer_request.cpp:223:\nno scratch memory\n")
+
+    encoder = OpenVinoEncoder(tiny_onnx, threads=1)
+    windows = scenes(5, 224)
+    expected = fetch_all(encoder, windows)
+    idle = encoder._runs._idle
+    whole = list(idle)
+    idle[0] = Failing(idle[0])
+    with pytest.raises(EncoderError, match=r"OpenVINO failed: no scratch memory$"):
+        encoder.encode(windows)
+    for run in list(encoder._runs._running):
+        with contextlib.suppress(EncoderError):
+            encoder._runs.finish(run)
+    assert len(idle) == len(whole)
+    idle.clear()
+    idle.extend(whole)
+    assert np.array_equal(fetch_all(encoder, windows), expected)
+
+
+def test_int8_weights_are_the_nearest() -> None:
+    weights = np.random.default_rng(18).normal(size=(48, 20)).astype(np.float32)  # (K, N)
+    weights[:, 3] = 0
+    tokens = opset13.parameter([1, 7, 48], np.float32)
+    layers = [
+        opset13.matmul(tokens, opset13.constant(weights), transpose_a=False, transpose_b=False),
+        opset13.matmul(tokens, opset13.constant(weights.T.copy()), transpose_a=False, transpose_b=True),
+    ]
+    model = openvino.Model(layers, [tokens], "two layers")
+    assert int8.quantise_linear_layers(model) == 48
+    stored = [np.asarray(op.get_data()) for op in model.get_ordered_ops() if op.get_type_name() == "Constant"]
+    rounded, scales = [a for a in stored if a.dtype == np.int8], [a for a in stored if a.shape == (20, 1)]
+    assert len(rounded) == len(scales) == 2
+    for whole, scale in zip(rounded, scales, strict=True):
+        error = np.abs(whole.astype(np.float64) * scale - weights.T)
+        assert (error <= 0.5001 * scale).all()
+        assert np.abs(whole).max() == 127
+    assert int8.quantise_linear_layers(openvino.Model([opset13.relu(tokens)], [tokens], "none")) == 0
+
+
+def test_no_layer_for_int8(tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "GROUP_STEP", 7)
+    with pytest.raises(EncoderError, match="no linear layers that could be computed in int8; use fp32 or bf16"):
+        OpenVinoEncoder(tiny_onnx, precision="int8")
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "torch"])
 def test_another_encoder_than_the_codebook_names(tiny: Path, tiny_onnx: Path, backend: str) -> None:
     for change, message in (
         ({"dim": 768}, "dim is 64, expected 768"),
@@ -741,7 +965,7 @@ def test_the_right_digest_is_accepted(tiny: Path, tiny_onnx: Path, tmp_path: Pat
 def test_importing_the_package_imports_no_framework() -> None:
     code = (
         "import sys, geocentroids_tiler.encoder;"
-        "print(*{'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules))"
+        "print(*{'torch', 'transformers', 'onnx', 'onnxruntime', 'openvino'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
@@ -831,21 +1055,41 @@ def test_the_notebook_test_means_something(notebook: Notebook) -> None:
     assert middle < 20
 
 
-@pytest.mark.parametrize("backend", ["onnx", "torch"])
-def test_the_notebook_s_labels(notebook: Notebook, backend: str, tmp_path: Path) -> None:
-    encoder: Any
+@pytest.fixture(scope="session")
+def notebook_onnx(notebook: Notebook, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "encoder.onnx"
+    export_onnx(str(notebook.folder), path, window_patches=16, mean=MEAN, std=STD)
+    return path
+
+
+def notebook_encoder(backend: str, notebook: Notebook, notebook_onnx: Path, precision: str) -> Any:
+    if backend == "torch":
+        return torch_encoder(notebook.folder, precision=precision)
     if backend == "onnx":
-        export_onnx(str(notebook.folder), tmp_path / "base.onnx", window_patches=16, mean=MEAN, std=STD)
-        encoder = OnnxEncoder(tmp_path / "base.onnx", provider="cpu")
-    else:
-        encoder = torch_encoder(notebook.folder)
+        return OnnxEncoder(notebook_onnx, provider="cpu")
+    return OpenVinoEncoder(notebook_onnx, precision=precision)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "torch"])
+def test_the_notebook_s_labels(notebook: Notebook, notebook_onnx: Path, backend: str) -> None:
+    encoder = notebook_encoder(backend, notebook, notebook_onnx, "fp32")
     agrees("notebook fp32", agreement(encoder, notebook, notebook.labels))
     agrees("notebook fp16 features", agreement(encoder, notebook, notebook.half_labels))
 
 
-def test_the_notebook_s_labels_in_bf16(notebook: Notebook) -> None:
-    encoder = torch_encoder(notebook.folder, precision="bf16")
-    agrees("notebook bf16", agreement(encoder, notebook, notebook.labels))
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [
+        ("torch", "bf16"),
+        pytest.param("openvino", "bf16", marks=needs_bf16),
+        ("openvino", "int8"),
+    ],
+)
+def test_the_notebook_s_labels_in_fewer_bits(
+    notebook: Notebook, notebook_onnx: Path, backend: str, precision: str
+) -> None:
+    encoder = notebook_encoder(backend, notebook, notebook_onnx, precision)
+    agrees(f"notebook {backend} {precision}", agreement(encoder, notebook, notebook.labels))
 
 
 # ---- the embedded encoder ----------------------------------------------------------------------------------
@@ -861,3 +1105,28 @@ def test_nano(tmp_path: Path) -> None:
     found = fetch_all(OnnxEncoder(path, provider="cpu"), windows).reshape(-1, 192)
     cosine = (found * expected).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
     assert cosine.min() > 0.999  # fp16 weights against the checkpoint's fp32
+
+
+def test_nano_s_labels_in_fewer_bits() -> None:
+    """Blended chunks of the sample scene with the codebook in the package, against ONNX Runtime in fp32."""
+    codebook = find_codebook("nano", Path())
+    pre, manifest = codebook.manifest.preprocess, codebook.manifest
+    layout = ChunkLayout(pre.window_patches, pre.margin_patches, pre.stride_patches)
+    side, step = 14 * layout.window_patches, 14 * layout.stride_patches
+    image = make_scene(1024).rgb
+    windows = [image[row : row + side, col : col + side] for row in range(0, 3 * step, step) for col in (0, step)]
+    chunks = [[(1 + i + part.d_row) * 2 + 1 + part.d_col for part in layout.parts] for i in range(2)]
+
+    def labels(backend: str, precision: str) -> NDArray[np.uint16]:
+        source = encoder_source(manifest.encoder, pre, codebook.encoder_path)
+        encoder = load_encoder(source, backend=backend, precision=precision)
+        assigner = encoder.assigner(codebook.centroids.astype(np.float32), manifest.assignment.metric, layout)
+        handles = encoder.encode(windows)
+        return assigner.assign([[handles[i] for i in chunk] for chunk in chunks])[0]
+
+    expected = labels("onnx", "fp32")
+    assert len(np.unique(expected)) > 30
+    agrees("nano fp32", float((labels("openvino", "fp32") == expected).mean()))
+    agrees("nano int8", float((labels("openvino", "int8") == expected).mean()))
+    if multiplies_bf16(openvino.Core()):
+        agrees("nano bf16", float((labels("openvino", "bf16") == expected).mean()))

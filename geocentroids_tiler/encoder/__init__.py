@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from geocentroids_tiler.encoder.base import (
     Assigner,
@@ -11,10 +13,16 @@ from geocentroids_tiler.encoder.base import (
     DeviceInfo,
     Encoder,
     EncoderSource,
+    Labels,
     TokenHandle,
+    Windows,
     encoder_source,
 )
 from geocentroids_tiler.errors import EncoderError
+
+if TYPE_CHECKING:
+    from geocentroids_tiler.encoder.onnx import OnnxEncoder
+    from geocentroids_tiler.encoder.openvino import OpenVinoEncoder
 
 __all__ = [
     "Assigner",
@@ -23,16 +31,41 @@ __all__ = [
     "DeviceInfo",
     "Encoder",
     "EncoderSource",
+    "Labels",
     "TokenHandle",
+    "Windows",
     "encoder_source",
     "load_encoder",
 ]
 
-BACKENDS = ("auto", "onnx", "torch")
+BACKENDS = ("auto", "onnx", "openvino", "torch")
 
 INSTALL_ONNX = "pip install 'geocentroids-tiler[cpu]' (or 'geocentroids-tiler[gpu]' with an NVIDIA GPU)"
 
+INSTALL_OPENVINO = "pip install 'geocentroids-tiler[openvino]'"
+
 INSTALL_TORCH = "pip install 'geocentroids-tiler[torch]'"
+
+
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    """What a backend reads, computes in and needs."""
+
+    title: str
+    reads_onnx: bool
+    precisions: tuple[str, ...]
+    modules: tuple[str, ...]
+    install: str
+
+
+_BACKENDS = {
+    "openvino": _Backend("OpenVINO", True, ("auto", "fp32", "bf16", "int8"), ("openvino", "onnx"), INSTALL_OPENVINO),
+    "onnx": _Backend("ONNX Runtime", True, ("auto", "fp32"), ("onnxruntime", "onnx"), INSTALL_ONNX),
+    "torch": _Backend(
+        "PyTorch and transformers", False, ("auto", "fp32", "bf16"), ("torch", "transformers"), INSTALL_TORCH
+    ),
+}
+"""In the order in which ``auto`` tries them on a CPU."""
 
 
 def load_encoder(
@@ -49,10 +82,13 @@ def load_encoder(
 
     Args:
         source: where it comes from and what it has to be.
-        backend: ``onnx``, ``torch``, or ``auto``: ONNX where there is a file and ONNX Runtime, else torch.
-        provider: ONNX Runtime's execution provider: ``auto``, ``tensorrt``, ``cuda``, ``openvino``, ``cpu``.
+        backend: ``onnx``, ``openvino``, ``torch``, or ``auto``: the first of these that is installed and can do it:
+            ONNX Runtime with a GPU, OpenVINO, ONNX Runtime, where there is an ONNX file; torch.
+        provider: ONNX Runtime's execution provider: ``auto``, ``tensorrt``, ``cuda``, ``openvino``, ``cpu``. With a
+            name, ``auto`` takes ONNX Runtime rather than OpenVINO.
         device: torch device: ``auto``, ``cpu``, ``cuda``, ``cuda:<n>``.
-        precision: ``auto``, ``fp32`` or, with torch, ``bf16``.
+        precision: ``auto`` (bf16 with torch on CUDA and OpenVINO on a CPU that has it, else fp32), ``fp32``, ``bf16``
+            (OpenVINO, torch) or ``int8`` (OpenVINO).
         threads: CPU threads of one run.
         batch_windows: windows of one run; None is 1 on a CPU and 32 on a GPU.
 
@@ -62,37 +98,53 @@ def load_encoder(
     """
     if backend not in BACKENDS:
         raise EncoderError(f"backend is {backend!r}, allowed: {', '.join(BACKENDS)}")
-    if _backend(source, backend) == "onnx":
-        encoder = _load_onnx(source, provider, precision, threads, batch_windows)
-    else:
-        encoder = _load_torch(source, device, precision, threads, batch_windows)
-    return encoder
+    chosen = _choose(source, backend, provider, precision)
+    if chosen == "torch":
+        return _load_torch(source, device, precision, threads, batch_windows)
+    return _load_onnx_file(source, chosen, provider, precision, threads, batch_windows)
 
 
-def _backend(source: EncoderSource, wanted: str) -> str:
-    """Return ``onnx`` or ``torch``, whichever is wanted or possible."""
+def _choose(source: EncoderSource, wanted: str, provider: str, precision: str) -> str:
+    """Return the backend that is wanted, or the first that can be had.
+
+    Raises:
+        EncoderError: if there is none, saying what to change or to install.
+    """
     name = source.architecture
-    has_onnx, has_model = source.onnx_path is not None, source.model is not None
-    if wanted == "onnx" and not has_onnx:
+    if source.onnx_path is None and source.model is None:
+        raise EncoderError(f"the encoder {name} has neither an ONNX file nor a model")
+    if wanted in ("onnx", "openvino") and source.onnx_path is None:
         raise EncoderError(
             f"the encoder {name} comes without an ONNX file; make one with geocentroids export-onnx, "
             "or use the torch backend"
         )
-    if wanted == "torch" and not has_model:
-        raise EncoderError(f"the encoder {name} comes as an ONNX file only; use the onnx backend")
-    if not has_onnx and not has_model:
-        raise EncoderError(f"the encoder {name} has neither an ONNX file nor a model")
-    onnx_ready = has_onnx and wanted != "torch" and _importable("onnxruntime", "onnx")
-    if onnx_ready:
-        return "onnx"
-    if wanted == "onnx":
-        raise EncoderError(f"the encoder {name} needs ONNX Runtime: {INSTALL_ONNX}")
-    if has_model and _importable("torch", "transformers"):
-        return "torch"
-    if wanted == "torch" or not has_onnx:
-        raise EncoderError(f"the encoder {name} needs PyTorch and transformers: {INSTALL_TORCH}")
-    other = f", or PyTorch and transformers: {INSTALL_TORCH}" if has_model else ""
-    raise EncoderError(f"the encoder {name} needs ONNX Runtime: {INSTALL_ONNX}{other}")
+    if wanted == "torch" and source.model is None:
+        raise EncoderError(f"the encoder {name} comes as an ONNX file only; use the openvino or the onnx backend")
+    offered = [
+        key
+        for key, backend in _BACKENDS.items()
+        if wanted in ("auto", key) and (source.onnx_path if backend.reads_onnx else source.model) is not None
+    ]
+    able = [key for key in offered if precision in _BACKENDS[key].precisions]
+    if not able:
+        allowed = "; ".join(f"allowed with {key}: {', '.join(_BACKENDS[key].precisions)}" for key in offered)
+        raise EncoderError(f"precision is {precision!r}, {allowed}")
+    if wanted == "auto" and "onnx" in able and (provider != "auto" or _has_gpu_runtime()):
+        able.sort(key=lambda key: key != "onnx")
+    for key in able:
+        if _importable(*_BACKENDS[key].modules):
+            return key
+    needs = ", or ".join(f"{_BACKENDS[key].title}: {_BACKENDS[key].install}" for key in able)
+    raise EncoderError(f"the encoder {name} needs {needs}")
+
+
+def _has_gpu_runtime() -> bool:
+    """Return whether the installed ONNX Runtime is one for NVIDIA GPUs, on a machine that has one."""
+    if not _importable("onnxruntime", "onnx"):
+        return False
+    from geocentroids_tiler.encoder.providers import has_gpu
+
+    return has_gpu()
 
 
 def _importable(*modules: str) -> bool:
@@ -105,17 +157,28 @@ def _importable(*modules: str) -> bool:
     return True
 
 
-def _load_onnx(
-    source: EncoderSource, provider: str, precision: str, threads: int | None, batch_windows: int | None
+def _load_onnx_file(
+    source: EncoderSource,
+    backend: str,
+    provider: str,
+    precision: str,
+    threads: int | None,
+    batch_windows: int | None,
 ) -> Encoder:
-    from geocentroids_tiler.encoder.onnx import OnnxEncoder
-
     if source.onnx_path is None:
         raise EncoderError(f"the encoder {source.architecture} comes without an ONNX file")
-    if precision not in ("auto", "fp32"):
-        raise EncoderError(f"precision is {precision!r}, allowed with onnx: auto, fp32")
-    path = source.onnx_path
-    encoder = OnnxEncoder(path, provider=provider, threads=threads, batch_windows=batch_windows, sha256=source.sha256)
+    path, sha256 = source.onnx_path, source.sha256
+    encoder: OnnxEncoder | OpenVinoEncoder
+    if backend == "openvino":
+        from geocentroids_tiler.encoder.openvino import OpenVinoEncoder
+
+        encoder = OpenVinoEncoder(
+            path, precision=precision, threads=threads, batch_windows=batch_windows, sha256=sha256
+        )
+    else:
+        from geocentroids_tiler.encoder.onnx import OnnxEncoder
+
+        encoder = OnnxEncoder(path, provider=provider, threads=threads, batch_windows=batch_windows, sha256=sha256)
     spec, metadata = encoder.spec, encoder.spec.metadata
     _compare(str(path), "dim", spec.dim, source.dim)
     _compare(str(path), "window_patches", spec.window_patches, source.window_patches)

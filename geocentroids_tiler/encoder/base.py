@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,15 +17,22 @@ from geocentroids_tiler.grid import ChunkIndex
 TokenHandle = Any
 """The tokens of one window, wherever the device keeps them. Opaque to everything but its own encoder."""
 
+Windows = Sequence[NDArray[np.uint8]] | NDArray[np.uint8]
+"""N windows, RGB: arrays of shape (S, S, 3), or one array of shape (N, S, S, 3)."""
+
+Labels = tuple[NDArray[np.uint16], NDArray[np.float32]]
+"""Labels and similarities of N chunks, both of shape (N, s, s)."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
     """What an encoder runs on.
 
     Attributes:
-        backend: ``onnxruntime`` or ``torch``.
+        backend: ``onnxruntime``, ``openvino`` or ``torch``.
         device: for example ``cpu``, ``cuda:0``.
-        precision: number format of the matrix products, for example ``fp32`` or ``bf16``.
+        precision: number format of the matrix products, for example ``fp32``, ``bf16``, or ``int8+bf16`` where
+            those with weights are in int8 and the others in bf16.
         provider: the execution provider or kernel set, for example ``CPUExecutionProvider``.
     """
 
@@ -103,17 +110,24 @@ def encoder_source(section: EncoderSection, preprocess: PreprocessSection, embed
 class Assigner(Protocol):
     """Blends the tokens of overlapping windows and finds the nearest centroid, on the encoder's device."""
 
-    def assign(self, chunks: Sequence[Sequence[TokenHandle]]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
-        """Label chunks.
+    def begin(self, chunks: Sequence[Sequence[TokenHandle]]) -> Callable[[], Labels]:
+        """Start to label chunks, and return what waits for the labels.
+
+        More windows can be handed to the encoder before the wait, so that the device has work meanwhile.
 
         Args:
             chunks: for each of N chunks the tokens of its windows, in the order of ``ChunkLayout.parts``.
 
         Returns:
-            Labels of shape (N, s, s) and similarities of shape (N, s, s), s = ``stride_patches``. Neither
-            depends on which other chunks were in the call.
+            A function, to be called once, that returns labels of shape (N, s, s), uint16, and similarities of
+            shape (N, s, s), float32, s = ``stride_patches``. Neither depends on which other chunks were in the call.
+            It raises EncoderError if the device failed.
         """
         ...
+
+    def assign(self, chunks: Sequence[Sequence[TokenHandle]]) -> Labels:
+        """Label chunks: ``begin`` and wait."""
+        return self.begin(chunks)()
 
 
 class Encoder(Protocol):
@@ -131,7 +145,10 @@ class Encoder(Protocol):
 
     @property
     def batch_windows(self) -> int:
-        """Windows that fill one run of the device. ``encode`` pads to it, so tokens never depend on company."""
+        """Windows that fill one run of the device. ``encode`` pads to it, so tokens never depend on company.
+
+        It halves where the device's memory is too small for it, so ask again before each call.
+        """
         ...
 
     @property
@@ -144,8 +161,16 @@ class Encoder(Protocol):
         """The device behind this encoder."""
         ...
 
-    def encode(self, windows: NDArray[np.uint8]) -> list[TokenHandle]:
-        """Encode windows of shape (N, S, S, 3), RGB, to N handles of (P, P, D) tokens on the device."""
+    def encode(self, windows: Windows) -> list[TokenHandle]:
+        """Encode N windows, RGB, to N handles of (P, P, D) tokens on the device.
+
+        Args:
+            windows: uint8 arrays of shape (S, S, 3), or one of shape (N, S, S, 3). Each is copied at most once, into
+                the batch of its run, and not read after the call.
+
+        Raises:
+            EncoderError: if windows have another shape or type, or one does not fit the device's memory.
+        """
         ...
 
     def fetch(self, tokens: TokenHandle) -> NDArray[np.float32]:
@@ -158,6 +183,13 @@ class Encoder(Protocol):
 
     def assigner(self, centroids: NDArray[np.float32], metric: str, layout: ChunkLayout) -> Assigner:
         """Place centroids of shape (K, D) on the device and return what assigns tokens to them."""
+        ...
+
+    def close(self) -> None:
+        """End the encoder's threads; neither it nor its assigners work afterwards.
+
+        Memory is given back with the last reference to them.
+        """
         ...
 
 

@@ -1,16 +1,16 @@
-"""What both backends refuse, and in which words."""
+"""What all backends refuse, and in which words."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geocentroids_tiler.encoder.base import ChunkLayout, TokenHandle
+from geocentroids_tiler.encoder.base import ChunkLayout, TokenHandle, Windows
 from geocentroids_tiler.errors import EncoderError
 
 Metric = Literal["inner_product", "cosine", "l2"]
@@ -21,12 +21,18 @@ MAX_CENTROIDS = 65535
 """Labels are uint16, and 65535 says "no data"."""
 
 
-def check_windows(windows: NDArray[np.uint8], window_px: int) -> None:
-    """Raise EncoderError unless ``windows`` is uint8 of shape (N, window_px, window_px, 3)."""
-    if windows.dtype != np.uint8 or windows.ndim != 4 or windows.shape[1:] != (window_px, window_px, 3):
-        raise EncoderError(
-            f"windows are {windows.dtype} {windows.shape}, allowed: uint8 (N, {window_px}, {window_px}, 3)"
-        )
+def check_windows(windows: Windows, window_px: int) -> None:
+    """Raise EncoderError unless windows are uint8 of shape (window_px, window_px, 3), in one array or one by one."""
+    shape = (window_px, window_px, 3)
+    if isinstance(windows, np.ndarray):
+        if windows.dtype != np.uint8 or windows.ndim != 4 or windows.shape[1:] != shape:
+            raise EncoderError(
+                f"windows are {windows.dtype} {windows.shape}, allowed: uint8 (N, {window_px}, {window_px}, 3)"
+            )
+        return
+    for window in windows:
+        if window.dtype != np.uint8 or window.shape != shape:
+            raise EncoderError(f"a window is {window.dtype} {window.shape}, allowed: uint8 {shape}")
 
 
 def check_centroids(centroids: NDArray[np.float32], dim: int) -> NDArray[np.float32]:
@@ -69,6 +75,12 @@ def check_chunks(chunks: Sequence[Sequence[TokenHandle]], parts: int) -> None:
     for chunk in chunks:
         if len(chunk) != parts:
             raise EncoderError(f"a chunk has the tokens of {len(chunk)} windows, its layout says {parts}")
+
+
+def check_precision(precision: str, backend: str, allowed: Collection[str]) -> None:
+    """Raise EncoderError unless ``precision`` is ``auto`` or one that the backend computes in."""
+    if precision != "auto" and precision not in allowed:
+        raise EncoderError(f"precision is {precision!r}, allowed with {backend}: auto, {', '.join(allowed)}")
 
 
 def check_batch(batch_windows: int) -> int:

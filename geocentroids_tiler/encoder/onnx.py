@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes.util
-import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from geocentroids_tiler.encoder.assign_graph import assign_graph, split_graph
-from geocentroids_tiler.encoder.base import ChunkLayout, DeviceInfo, TokenHandle
+from geocentroids_tiler.encoder.base import Assigner, ChunkLayout, DeviceInfo, Labels, TokenHandle, Windows
 from geocentroids_tiler.encoder.checks import (
     check_batch,
     check_centroids,
@@ -25,25 +24,17 @@ from geocentroids_tiler.encoder.checks import (
     check_windows,
 )
 from geocentroids_tiler.encoder.model_file import read_model
+from geocentroids_tiler.encoder.providers import CPU, GPU_PROVIDERS, candidates, prepare, provider_list
+from geocentroids_tiler.encoder.runs import DeviceMemoryError, RunSize, batch_of, split, usable_cores
 from geocentroids_tiler.encoder.table import centroid_table, chunks_per_run
 from geocentroids_tiler.errors import EncoderError
 
-PROVIDERS = {
-    "tensorrt": "TensorrtExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "cpu": "CPUExecutionProvider",
-}
-"""Name in settings -> name in ONNX Runtime, in the order in which ``auto`` tries them."""
-
-GPU_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
-
 GPU_BATCH_WINDOWS = 32
 
-_OPTIONS: dict[str, dict[str, str]] = {
-    # TF32 rounds inputs to 10 bits, and an exhaustive search may pick other kernels in the next process.
-    "CUDAExecutionProvider": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"},
-}
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|failed to allocate memory|smaller than requested bytes|bad_alloc", re.IGNORECASE
+)
+"""What the errors of ONNX Runtime, its arena and CUDA say; there is no class or code for it."""
 
 
 class OnnxEncoder:
@@ -77,30 +68,29 @@ class OnnxEncoder:
             EncoderError: if the file breaks the contract or the provider cannot be had.
         """
         check_sha256(path, sha256)
+        self._path, self._sha256 = path, sha256
         content, self.spec = read_model(path)
-        self._threads = threads or _cores()
+        self._threads = threads or usable_cores()
         fixed = self.spec.fixed_batch
         if batch_windows is not None and fixed is not None and batch_windows != fixed:
             raise EncoderError(f"{path}: the file fixes batches of {fixed} windows, {batch_windows} were asked for")
         wanted = fixed if batch_windows is None else check_batch(batch_windows)
 
-        candidates = _candidates(provider)
-        for name in candidates:
+        names = candidates(provider)
+        for name in names:
             self._provider = name
-            self._batch_windows = wanted or (GPU_BATCH_WINDOWS if name in GPU_PROVIDERS else 1)
-            self._session: Any = self._open(content, name, self._batch_windows, str(path))
+            size = wanted or (GPU_BATCH_WINDOWS if name in GPU_PROVIDERS else 1)
+            self._session: Any = self._open(content, size, str(path))
             if self._session.get_providers()[0] == name:  # otherwise the provider's libraries did not load
                 break
         else:
-            raise EncoderError(
-                f"{' and '.join(candidates)}: installed, but ONNX Runtime could not start it on this machine"
-            )
+            raise EncoderError(f"{' and '.join(names)}: installed, but ONNX Runtime could not start it on this machine")
+        self._run_size = RunSize(size, f"a window of {self.spec.window_px} x {self.spec.window_px} px")
+        self._opened_for = size
         self._device = "cuda" if self._provider in GPU_PROVIDERS else "cpu"
-        self._runs_at_once = self._threads if self._provider == PROVIDERS["cpu"] else 1
+        self._runs_at_once = self._threads if self._provider == CPU else 1
         self._pool = ThreadPoolExecutor(self._runs_at_once, "geocentroids-onnx")
-        self._split: Any = None
-        if self._batch_windows > 1:
-            self._split = self._open(split_graph(self._batch_windows), self._provider, None, "split graph")
+        self._split: Any = self._open_split(size)
 
     @property
     def dim(self) -> int:
@@ -115,12 +105,12 @@ class OnnxEncoder:
     @property
     def batch_windows(self) -> int:
         """Windows of one run; fewer are padded with black ones."""
-        return self._batch_windows
+        return self._run_size.count
 
     @property
     def windows_at_once(self) -> int:
         """Windows that keep the device busy."""
-        return self._batch_windows * self._runs_at_once
+        return self.batch_windows * self._runs_at_once
 
     @property
     def info(self) -> DeviceInfo:
@@ -128,24 +118,47 @@ class OnnxEncoder:
         device = f"{self._device}:0" if self._device == "cuda" else self._device
         return DeviceInfo(backend="onnxruntime", device=device, precision="fp32", provider=self._provider)
 
-    def encode(self, windows: NDArray[np.uint8]) -> list[TokenHandle]:
-        """Encode windows of shape (N, S, S, 3), RGB, to N handles of (P, P, D) tokens on the device."""
-        check_windows(windows, self.spec.window_px)
-        size = self._batch_windows
-        parts = [windows[start : start + size] for start in range(0, len(windows), size)]
-        return [handle for handles in self._pool.map(self._encode_run, parts) for handle in handles]
+    def encode(self, windows: Windows) -> list[TokenHandle]:
+        """Encode N windows, RGB, to N handles of (P, P, D) tokens on the device.
 
-    def _encode_run(self, part: NDArray[np.uint8]) -> list[TokenHandle]:
-        """Encode up to ``batch_windows`` windows in one padded run."""
-        size = self._batch_windows
-        batch = np.zeros((size, *part.shape[1:]), np.uint8)
-        batch[: len(part)] = part
-        (tokens,) = _run(self._session, {"windows": batch}, {"tokens": self._device})
+        Args:
+            windows: uint8 arrays of shape (S, S, 3), or one of shape (N, S, S, 3).
+
+        Raises:
+            EncoderError: if windows have another shape or type, or one does not fit the device's memory.
+        """
+        check_windows(windows, self.spec.window_px)
+        return self._run_size.fit(lambda size: self._encode(windows, size))
+
+    def _encode(self, windows: Windows, size: int) -> list[TokenHandle]:
+        """Encode in runs of ``size``, as many at once as there are threads."""
+        if size != self._opened_for:
+            self._reopen(size)
+        runs = self._pool.map(self._encode_run, split(windows, size))
+        return [handle for handles in runs for handle in handles]
+
+    def _encode_run(self, part: Windows) -> list[TokenHandle]:
+        """Encode the windows of one padded run."""
+        size = self._opened_for
+        (tokens,) = _run(self._session, {"windows": batch_of(part, size)}, {"tokens": self._device})
         if self._split is None:
             return [tokens]
         # A handle that was a view would keep the whole batch in memory: each gets its own tensor.
         names = {f"tokens_{i}": self._device for i in range(size)}
         return _run(self._split, {"tokens": tokens}, names)[: len(part)]
+
+    def _reopen(self, size: int) -> None:
+        """Open the model for runs of another size; the old session goes first, for its memory is what is missing."""
+        if self.spec.fixed_batch is not None:
+            raise EncoderError(
+                f"{self._path}: the file fixes batches of {self.spec.fixed_batch} windows, which do not fit the "
+                "memory of the device; export it with a dynamic batch axis"
+            )
+        self._session = self._split = None
+        check_sha256(self._path, self._sha256)
+        content, self.spec = read_model(self._path)
+        self._session, self._split = self._open(content, size, str(self._path)), self._open_split(size)
+        self._opened_for = size
 
     def fetch(self, tokens: TokenHandle) -> NDArray[np.float32]:
         """Copy the tokens of one window to the host, as an array of shape (P, P, D)."""
@@ -169,34 +182,41 @@ class OnnxEncoder:
         chunks = chunks_per_run(layout.stride_patches) if gpu else 1
         # ArgMax is documented to return the first of equals on the CPU only.
         table = centroid_table(rows, known)
-        explicit_ties = self._provider != PROVIDERS["cpu"]
-        graph = assign_graph(table, known, layout, chunks=chunks, explicit_ties=explicit_ties)
-        session = self._open(graph, self._provider, None, "assignment graph")
+        graph = assign_graph(table, known, layout, chunks=chunks, explicit_ties=self._provider != CPU)
+        session = self._open(graph, None, "assignment graph")
         return OnnxAssigner(session, table.labels, layout, chunks, self._pool)
 
-    def _open(self, content: bytes, provider: str, batch: int | None, name: str) -> Any:
+    def close(self) -> None:
+        """End the threads, once what they run is done; neither the encoder nor its assigners work afterwards."""
+        self._pool.shutdown()
+
+    def _open_split(self, batch: int) -> Any:
+        """Return the session that cuts the tokens of a batch into windows, None where a batch is one window."""
+        return None if batch == 1 else self._open(split_graph(batch), None, "split graph")
+
+    def _open(self, content: bytes, batch: int | None, name: str) -> Any:
+        """Return a session for a model; ``batch`` windows a run where it is the encoder's."""
+        prepare(self._provider)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1
-        options.intra_op_num_threads = 1 if provider == PROVIDERS["cpu"] else self._threads
+        options.intra_op_num_threads = 1 if self._provider == CPU else self._threads
         # Encoder and assigner run in turn; without this the threads of the one that has just run keep
         # spinning and take the cores from the other (two cores, nano: 38 ms a window instead of 12).
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if batch is not None and self.spec.batch_axis:
-            options.add_free_dimension_override_by_name(self.spec.batch_axis, batch)
-        providers: list[Any] = [(provider, _OPTIONS.get(provider, {}))]
-        if provider == PROVIDERS["tensorrt"]:
-            providers.append((PROVIDERS["cuda"], _OPTIONS[PROVIDERS["cuda"]]))
-        if provider != PROVIDERS["cpu"]:
-            providers.append(PROVIDERS["cpu"])
+        shapes = {}
+        if batch is not None:
+            shapes["windows"] = (batch, self.spec.window_px, self.spec.window_px, 3)
+            if self.spec.batch_axis:
+                options.add_free_dimension_override_by_name(self.spec.batch_axis, batch)
         try:
-            return ort.InferenceSession(content, options, providers=providers)
+            return ort.InferenceSession(content, options, providers=provider_list(self._provider, shapes))
         except Exception as error:  # ONNX Runtime's errors share no base but Exception
             reason = str(error).splitlines()[0]
-            raise EncoderError(f"{name}: ONNX Runtime cannot load it with {provider}: {reason}") from error
+            raise EncoderError(f"{name}: ONNX Runtime cannot load it with {self._provider}: {reason}") from error
 
 
-class OnnxAssigner:
+class OnnxAssigner(Assigner):
     """Labels chunks in runs of a fixed number of them."""
 
     def __init__(
@@ -210,11 +230,11 @@ class OnnxAssigner:
         self._stride = layout.stride_patches
         self._chunks = chunks
 
-    def assign(self, chunks: Sequence[Sequence[TokenHandle]]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
-        """Label N chunks, each given as the handles of its windows in the order of ``ChunkLayout.parts``.
+    def begin(self, chunks: Sequence[Sequence[TokenHandle]]) -> Callable[[], Labels]:
+        """Start to label N chunks, each given as the handles of its windows in the order of ``ChunkLayout.parts``.
 
         Returns:
-            Labels of shape (N, s, s) and similarities of shape (N, s, s).
+            What waits for labels of shape (N, s, s), uint16, and similarities of shape (N, s, s), float32.
         """
         check_chunks(chunks, self._parts)
         shape = (len(chunks), self._stride, self._stride)
@@ -228,31 +248,14 @@ class OnnxAssigner:
             labels[start : start + len(group)] = self._row_labels[outputs[0].numpy()[: len(group)]]
             similarity[start : start + len(group)] = outputs[1].numpy()[: len(group)]
 
-        for _ in self._pool.map(assign_run, range(0, len(chunks), self._chunks)):
-            pass  # an error of a run is raised here
-        return labels, similarity
+        runs = self._pool.map(assign_run, range(0, len(chunks), self._chunks))
 
+        def wait() -> Labels:
+            for _ in runs:
+                pass  # an error of a run is raised here
+            return labels, similarity
 
-def _cores() -> int:
-    """Return the cores that this process may use; not every system can say which those are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _candidates(provider: str) -> list[str]:
-    """Return the execution providers to try, best first."""
-    available = ort.get_available_providers()
-    usable = {key: name for key, name in PROVIDERS.items() if name in available}
-    if provider != "auto":
-        if provider not in usable:
-            raise EncoderError(
-                f"provider {provider!r} is not available in the installed ONNX Runtime; "
-                f"available: auto, {', '.join(usable)}"
-            )
-        return [usable[provider]]
-    # Every GPU build of ONNX Runtime lists TensorRT; its libraries are a separate, rare install.
-    if "tensorrt" in usable and ctypes.util.find_library("nvinfer") is None:
-        del usable["tensorrt"]
-    return list(usable.values())
+        return wait
 
 
 def _run(session: Any, inputs: dict[str, Any], outputs: dict[str, str]) -> list[Any]:
@@ -268,6 +271,8 @@ def _run(session: Any, inputs: dict[str, Any], outputs: dict[str, str]) -> list[
     try:
         session.run_with_iobinding(binding)
     except Exception as error:  # as above
-        raise EncoderError(f"ONNX Runtime failed: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        kind = DeviceMemoryError if _OUT_OF_MEMORY.search(str(error)) else EncoderError
+        raise kind(f"ONNX Runtime failed: {reason}") from error
     values: list[Any] = binding.get_outputs()
     return values

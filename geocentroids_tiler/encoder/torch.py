@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from geocentroids_tiler.encoder.base import ChunkLayout, DeviceInfo, TokenHandle
+from geocentroids_tiler.encoder.base import ChunkLayout, DeviceInfo, TokenHandle, Windows
 from geocentroids_tiler.encoder.checkpoint import load_model, locate_checkpoint
 from geocentroids_tiler.encoder.checks import (
-    Metric,
     check_batch,
     check_centroids,
-    check_chunks,
     check_layout,
     check_metric,
+    check_precision,
     check_windows,
 )
-from geocentroids_tiler.encoder.table import TINY, CentroidTable, centroid_table, chunks_per_run
+from geocentroids_tiler.encoder.cuda import CudaRunner
+from geocentroids_tiler.encoder.runs import DeviceMemoryError, RunSize, batch_of, split, usable_cores
+from geocentroids_tiler.encoder.table import centroid_table
+from geocentroids_tiler.encoder.torch_assign import TorchAssigner, exact_products
 from geocentroids_tiler.errors import EncoderError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,6 +53,10 @@ class TorchEncoder:
     ) -> None:
         """Load the checkpoint ``source``.
 
+        On a CPU every run takes one thread, and as many runs go on at once as there are threads, as with the other
+        backends. On CUDA runs have one shape, are one CUDA graph, and nothing waits for them but ``fetch`` and the
+        function that an assigner's ``begin`` returns.
+
         Args:
             source: hub id or local directory; safetensors only.
             window_patches: patches P a side of a window.
@@ -59,7 +65,8 @@ class TorchEncoder:
             revision: commit, tag or branch on the hub.
             device: ``auto``, ``cpu``, ``cuda`` or ``cuda:<n>``.
             precision: ``auto`` (bf16 on CUDA, fp32 on a CPU), ``fp32`` or ``bf16``.
-            threads: CPU threads, of the whole process; None leaves them as they are.
+            threads: CPU threads; None is one for each core that this process may use. Other users of torch in this
+                process keep theirs.
             batch_windows: windows of one run; None is 1 on a CPU and 32 on a GPU.
             local_files_only: never ask the hub.
             sha256: hex digest that ``model.safetensors`` must have.
@@ -69,17 +76,12 @@ class TorchEncoder:
         """
         self._device = _device(device)
         on_gpu = self._device.type == "cuda"
+        check_precision(precision, "torch", PRECISIONS)
         self._precision = ("bf16" if on_gpu else "fp32") if precision == "auto" else precision
-        if self._precision not in PRECISIONS:
-            raise EncoderError(f"precision is {precision!r}, allowed with torch: auto, {', '.join(PRECISIONS)}")
         if window_patches < 1:
             raise EncoderError(f"window_patches is {window_patches}, allowed: 1 or more")
-        self._batch_windows = check_batch(
-            (GPU_BATCH_WINDOWS if on_gpu else 1) if batch_windows is None else batch_windows
-        )
+        size = check_batch((GPU_BATCH_WINDOWS if on_gpu else 1) if batch_windows is None else batch_windows)
         checkpoint = locate_checkpoint(source, revision, local_files_only=local_files_only, sha256=sha256)
-        if threads is not None:
-            torch.set_num_threads(threads)
         self._dtype = PRECISIONS[self._precision]
         self._model = load_model(checkpoint, "sdpa").to(self._device)
         if self._dtype != torch.float32:
@@ -94,6 +96,11 @@ class TorchEncoder:
         self._dim = int(self._model.config.hidden_size)
         self._offset = torch.tensor(mean, device=self._device).view(1, 3, 1, 1)
         self._divisor = torch.tensor(std, device=self._device).view(1, 3, 1, 1)
+        self._window_px = window_patches * self.patch_px
+        self._run_size = RunSize(size, f"a window of {self._window_px} x {self._window_px} px")
+        self._runs_at_once = 1 if on_gpu else threads or usable_cores()
+        self._pool = None if on_gpu else _pool_of_single_threads(self._runs_at_once)
+        self._runner: tuple[int, CudaRunner] | None = None
 
     @property
     def dim(self) -> int:
@@ -108,40 +115,74 @@ class TorchEncoder:
     @property
     def batch_windows(self) -> int:
         """Windows of one run; fewer are padded with black ones."""
-        return self._batch_windows
+        return self._run_size.count
 
     @property
     def windows_at_once(self) -> int:
         """Windows that keep the device busy."""
-        return self.batch_windows
+        return self.batch_windows * self._runs_at_once
 
     @property
     def info(self) -> DeviceInfo:
         """The device behind this encoder."""
         return DeviceInfo(backend="torch", device=str(self._device), precision=self._precision, provider="sdpa")
 
+    def encode(self, windows: Windows) -> list[TokenHandle]:
+        """Encode N windows, RGB, to N handles of (P, P, D) tokens on the device.
+
+        Args:
+            windows: uint8 arrays of shape (S, S, 3), or one of shape (N, S, S, 3).
+
+        Raises:
+            EncoderError: if windows have another shape or type, or one does not fit the device's memory.
+        """
+        check_windows(windows, self._window_px)
+        return self._run_size.fit(lambda size: self._encode(windows, size))
+
+    def _encode(self, windows: Windows, size: int) -> list[TokenHandle]:
+        """Encode in runs of ``size``."""
+        parts = split(windows, size)
+        try:
+            with exact_products():
+                if self._pool is not None:
+                    runs = list(self._pool.map(lambda part: self._encode_run(part, size), parts))
+                else:
+                    runs = [self._encode_run(part, size) for part in parts]
+        except torch.OutOfMemoryError as error:
+            self._runner = None  # its memory is of the size that does not fit
+            raise DeviceMemoryError(str(error).splitlines()[0]) from None
+        return [handle for handles in runs for handle in handles]
+
     @torch.inference_mode()
-    def encode(self, windows: NDArray[np.uint8]) -> list[TokenHandle]:
-        """Encode windows of shape (N, S, S, 3), RGB, to N handles of (P, P, D) tokens on the device."""
-        check_windows(windows, self._window_patches * self.patch_px)
-        size, P = self._batch_windows, self._window_patches
-        handles: list[TokenHandle] = []
-        for start in range(0, len(windows), size):
-            part = windows[start : start + size]
-            batch = np.zeros((size, *windows.shape[1:]), np.uint8)
-            batch[: len(part)] = part
-            pixels = torch.from_numpy(batch).to(self._device).permute(0, 3, 1, 2).float()  # (B, 3, S, S)
-            pixels = (pixels / 255 - self._offset) / self._divisor
-            with _exact_products(), self._autocast():
-                hidden = self._model(pixel_values=pixels).last_hidden_state
-            tokens = hidden[: len(part), 1 + self.register_tokens :].reshape(-1, P, P, self._dim)
-            # A handle that was a view would keep the whole batch in memory: each gets its own tensor.
-            handles += [window.to(self._dtype, copy=True) for window in tokens]
-        return handles
+    def _encode_run(self, part: Windows, size: int) -> list[TokenHandle]:
+        """Encode the windows of one padded run."""
+        if self._pool is not None:
+            tokens = self._forward(torch.from_numpy(batch_of(part, size)))
+        else:
+            tokens = self._cuda_runner(size)(part)
+        # A handle that was a view would keep the whole batch in memory: each gets its own tensor.
+        return [window.to(self._dtype, copy=True) for window in tokens[: len(part)]]
+
+    def _cuda_runner(self, size: int) -> CudaRunner:
+        """Return what runs batches of ``size``, made when a size is first used."""
+        if self._runner is None or self._runner[0] != size:
+            self._runner = None
+            self._runner = (size, CudaRunner(self._forward, size, self._window_px, self._device))
+        return self._runner[1]
+
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return tokens (B, P, P, D) of a uint8 batch (B, S, S, 3) on the device."""
+        P = self._window_patches
+        pixels = batch.permute(0, 3, 1, 2).float()  # (B, 3, S, S)
+        pixels = (pixels / 255 - self._offset) / self._divisor
+        with self._autocast():
+            hidden: torch.Tensor = self._model(pixel_values=pixels).last_hidden_state
+        return hidden[:, 1 + self.register_tokens :].reshape(-1, P, P, self._dim)
 
     def _autocast(self) -> torch.autocast:
         enabled = self._dtype != torch.float32
-        return torch.autocast(self._device.type, self._dtype if enabled else None, enabled=enabled)
+        # A cast that is cached inside a CUDA graph would be memory that only the graph may use.
+        return torch.autocast(self._device.type, self._dtype if enabled else None, enabled=enabled, cache_enabled=False)
 
     def fetch(self, tokens: TokenHandle) -> NDArray[np.float32]:
         """Copy the tokens of one window to the host, as an array of shape (P, P, D)."""
@@ -161,71 +202,12 @@ class TorchEncoder:
         known = check_metric(metric)
         rows = check_centroids(centroids, self._dim)
         check_layout(layout, self._window_patches)
-        return TorchAssigner(centroid_table(rows, known), known, layout, self._device)
+        return TorchAssigner(centroid_table(rows, known), known, layout, self._device, self._pool)
 
-
-class TorchAssigner:
-    """Labels chunks in runs of a fixed number of them, in float32."""
-
-    def __init__(self, table: CentroidTable, metric: Metric, layout: ChunkLayout, device: torch.device) -> None:
-        """Place the centroids and the blending weights on the device."""
-        self._rows = torch.from_numpy(table.rows).to(device)  # (R, D)
-        self._bias = None if table.bias is None else torch.from_numpy(table.bias).to(device)
-        self._row_labels = table.labels
-        self._weights = torch.from_numpy(layout.weights()).to(device)[..., None]  # (parts, s, s, 1)
-        self._metric = metric
-        self._parts = layout.parts
-        self._stride = layout.stride_patches
-        self._chunks = chunks_per_run(layout.stride_patches) if device.type == "cuda" else 1
-
-    @torch.inference_mode()
-    def assign(self, chunks: Sequence[Sequence[TokenHandle]]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
-        """Label N chunks, each given as the handles of its windows in the order of ``ChunkLayout.parts``.
-
-        Returns:
-            Labels of shape (N, s, s) and similarities of shape (N, s, s).
-        """
-        check_chunks(chunks, len(self._parts))
-        s = self._stride
-        labels = np.empty((len(chunks), s, s), np.uint16)
-        similarity = np.empty((len(chunks), s, s), np.float32)
-        for start in range(0, len(chunks), self._chunks):
-            group = list(chunks[start : start + self._chunks])
-            padded = group + [group[-1]] * (self._chunks - len(group))
-            with _exact_products():
-                index, value = self._nearest(self._blend(padded).flatten(0, 2))
-            stop = start + len(group)
-            labels[start:stop] = self._row_labels[index.cpu().numpy()].reshape(-1, s, s)[: len(group)]
-            similarity[start:stop] = value.cpu().numpy().reshape(-1, s, s)[: len(group)]
-        return labels, similarity
-
-    def _blend(self, chunks: Sequence[Sequence[TokenHandle]]) -> torch.Tensor:
-        """Return tokens (C, s, s, D) in float32, summed by weight in the order of the parts."""
-        s = self._stride
-        total: torch.Tensor | None = None
-        for p, part in enumerate(self._parts):
-            rows, cols = slice(part.token_row, part.token_row + s), slice(part.token_col, part.token_col + s)
-            share = torch.stack([chunk[p][rows, cols] for chunk in chunks]).float()  # (C, s, s, D)
-            if len(self._parts) > 1:
-                share *= self._weights[p]
-            total = share if total is None else total.add_(share)
-        if total is None:
-            raise EncoderError("a layout without parts blends nothing")
-        return total
-
-    def _nearest(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the row of the nearest centroid and the similarity of tokens (T, D), both of shape (T,)."""
-        if self._metric == "cosine":
-            length = torch.linalg.vector_norm(tokens, dim=1, keepdim=True)
-            tokens = tokens / length.clamp_min(TINY)
-        scores = tokens @ self._rows.T  # (T, R)
-        if self._bias is not None:
-            scores += self._bias
-        index = scores.argmax(dim=1)  # documented: the first of equals
-        if self._metric == "l2":  # from the difference itself: the expansion cancels near 0
-            return index, -torch.linalg.vector_norm(tokens - self._rows[index], dim=1)
-        best = scores.gather(1, index[:, None])[:, 0]
-        return index, best.clamp(-1, 1) if self._metric == "cosine" else best
+    def close(self) -> None:
+        """End the threads, once what they run is done; neither the encoder nor its assigners work afterwards."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 def _device(name: str) -> torch.device:
@@ -245,13 +227,19 @@ def _device(name: str) -> torch.device:
     raise EncoderError(f"device {name!r} is not available to torch here; available: {', '.join(available)}")
 
 
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Float32 products in float32: TF32 off, and the same convolution kernel each time."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+def _pool_of_single_threads(count: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads run torch on one core each.
+
+    torch keeps the number of threads for each thread that asked for it once, and a number for those that ask later.
+    """
+    for_others = torch.get_num_threads()
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()
+
+    pool = ThreadPoolExecutor(count, "geocentroids-torch", initializer=start)
+    all_started = threading.Barrier(count)
+    list(pool.map(lambda _: all_started.wait(), range(count)))
+    torch.set_num_threads(for_others)
+    return pool
