@@ -13,18 +13,30 @@ V = TypeVar("V")
 
 
 class ByteCache(Generic[K, V]):
-    """Keeps values up to a number of bytes, least recently used out first. Safe for threads."""
+    """Keeps values up to a number of bytes, least recently used out first. Safe for threads.
+
+    Attributes:
+        hits: how often a value was found.
+        misses: how often none was.
+    """
 
     def __init__(self, max_bytes: int, size_of: Callable[[V], int]) -> None:
         """Keep up to ``max_bytes``, counted by ``size_of``."""
         self._lock = threading.Lock()
         self._size_of = size_of
         self._cache: LRUCache[K, V] = LRUCache(max_bytes, getsizeof=size_of)
+        self.hits = 0
+        self.misses = 0
 
     def get(self, key: K) -> V | None:
         """Return the value of a key, or None if it is not kept."""
         with self._lock:
-            return self._cache.get(key)
+            value = self._cache.get(key)
+            if value is None:
+                self.misses += 1
+            else:
+                self.hits += 1
+            return value
 
     def put(self, key: K, value: V) -> None:
         """Keep a value, unless it is larger than the whole cache."""

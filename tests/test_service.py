@@ -24,6 +24,7 @@ from geocentroids_tiler.errors import (
     InputError,
     SourceRefusedError,
     SourceUnavailableError,
+    UnsupportedImageError,
 )
 from geocentroids_tiler.labels import service as service_module
 from geocentroids_tiler.labels.service import Service
@@ -204,19 +205,34 @@ class TestFailedSources:
         assert open_image(service, "whole.tif").width_px == 420
 
     @pytest.mark.parametrize("status", [403, 404, 500])
-    def test_an_answer_that_is_no_success_is_not_remembered(
-        self, make: Callable[..., Any], httpd: Httpd, tmp_path: Path, status: int
+    def test_an_answer_that_is_no_success_is_remembered_for_seconds(
+        self, make: Callable[..., Any], clock: Clock, httpd: Httpd, tmp_path: Path, status: int
+    ) -> None:
+        service, _ = make(failure_ttl_s=2)
+        url = f"{httpd.url}/a.tif"
+        httpd.files["/a.tif"] = Served(b"no", status=status)
+        errors = []
+        for _ in range(20):
+            with pytest.raises(SourceUnavailableError) as caught:
+                open_image(service, url)
+            errors.append(caught.value)
+        assert {str(error) for error in errors} == {f"cannot open {url!r}"}
+        assert len({id(error) for error in errors}) == 20, "a traceback of its own for each"
+        assert len(httpd.requests) == 1
+        httpd.files["/a.tif"] = Served(tif(tmp_path, 1))
+        clock.now += 2
+        assert open_image(service, url).width_px == 140
+
+    def test_failures_of_one_way_to_read_a_source_are_not_those_of_another(
+        self, make: Callable[..., Any], images: Path
     ) -> None:
         service, _ = make()
-        httpd.files["/a.tif"] = Served(b"no", status=status)
-        for _ in range(2):
-            with pytest.raises(SourceUnavailableError):
-                open_image(service, f"{httpd.url}/a.tif")
-        httpd.files["/a.tif"] = Served(tif(tmp_path, 1))
-        assert open_image(service, f"{httpd.url}/a.tif").width_px == 140
+        with pytest.raises(UnsupportedImageError, match="bidx"):
+            open_image(service, "whole.tif", bidx=(7, 8, 9))
+        assert open_image(service, "whole.tif").width_px == 420
 
     def test_a_file_that_cannot_be_read_is_tried_again(self, make: Callable[..., Any], images: Path) -> None:
-        service, _ = make(source_ttl_s=0)
+        service, _ = make(source_ttl_s=0, failure_ttl_s=0)
         good = (images / "whole.tif").read_bytes()
         (images / "whole.tif").write_bytes(b"II*\0 and nothing else")
         with pytest.raises(SourceUnavailableError):
@@ -236,6 +252,7 @@ class TestFailedSources:
         with pytest.raises(SourceUnavailableError):
             open_image(service, url)
         httpd.files["/a.tif"] = served
+        clock.now += service.settings.failure_ttl_s
         assert open_image(service, url) is first
         assert opened == [url]
 

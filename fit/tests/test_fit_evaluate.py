@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -58,8 +58,8 @@ class ColorEncoder:
     windows_at_once: int = 4
     info: ClassVar[DeviceInfo] = DeviceInfo("fake", "cpu", "fp64", "none")
 
-    def encode(self, windows: np.ndarray) -> list[np.ndarray]:
-        patches = windows.reshape(-1, WINDOW, P, WINDOW, P, 3).mean(axis=(2, 4))
+    def encode(self, windows: Sequence[np.ndarray] | np.ndarray) -> list[np.ndarray]:
+        patches = np.stack(list(windows)).reshape(-1, WINDOW, P, WINDOW, P, 3).mean(axis=(2, 4))
         return list(patches + self.window_share * (patches[:, :1, :1] - 128))
 
     def fetch(self, tokens: np.ndarray) -> np.ndarray:
@@ -67,6 +67,9 @@ class ColorEncoder:
 
     def token_bytes(self) -> int:
         return WINDOW**2 * 24
+
+    def close(self) -> None:
+        pass
 
     def assigner(self, centroids: np.ndarray, metric: str, layout: ChunkLayout) -> ColorAssigner:
         return ColorAssigner(centroids.astype(np.float64), layout)
@@ -78,6 +81,9 @@ class ColorAssigner:
     layout: ChunkLayout
 
     def assign(self, chunks: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        return self.begin(chunks)()
+
+    def begin(self, chunks: Sequence[Sequence[np.ndarray]]) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
         s = self.layout.stride_patches
         blended = np.zeros((len(chunks), s, s, 3))
         for chunk, windows in zip(blended, chunks, strict=True):
@@ -85,7 +91,8 @@ class ColorAssigner:
                 own = np.s_[part.token_row : part.token_row + s, part.token_col : part.token_col + s]
                 chunk += tokens[own] * weight[..., None]
         distance = np.linalg.norm(blended[..., None, :] - self.centroids, axis=-1)
-        return distance.argmin(axis=-1).astype(np.uint16), -distance.min(axis=-1).astype(np.float32)
+        result = distance.argmin(axis=-1).astype(np.uint16), -distance.min(axis=-1).astype(np.float32)
+        return lambda: result
 
 
 def color_codebook(tree: bool = True, stride: int = STRIDE) -> Codebook:

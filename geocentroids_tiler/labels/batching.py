@@ -1,66 +1,195 @@
-"""A queue with worker threads that hand over what is waiting in batches."""
+"""A bounded set of threads that hand over what waits for them in batches, the most urgent first."""
 
 from __future__ import annotations
 
 import threading
+import time
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+Rank = tuple[int, int, int]
+"""How urgent something is; the greater goes first. The number of the viewport it belongs to, from 1, the newer the more
+urgent; minus its request's place in the viewport; minus its place in the request: what was asked for first is finished
+first."""
+BACKGROUND: Rank = (0, 0, 0)
+"""Rank of work that nobody waits for at a screen."""
+PATIENCE_S = 10.0
+"""What has waited this long goes first, so that newer requests do not hold it up for ever."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Lane(Generic[Item, Result]):
     """One kind of work.
 
     Attributes:
-        handle: turns a batch of items into as many results, in order.
-        max_batch: items in a batch at most.
+        handle: begins a batch of items; without ``finish`` it returns their results, in order, and each is handed on as
+            soon as it is there.
+        max_batch: returns how many items a batch may have; asked anew for each batch.
         group_of: only items with equal groups share a batch.
+        first: whether its items go before those of other lanes of the same rank.
+        finish: waits for what ``handle`` returned and turns it into as many results as there were items, in order, so
+            that a device that works on its own has the next batch before the last one is waited for.
     """
 
-    handle: Callable[[Sequence[Item]], Sequence[Result]]
-    max_batch: int
+    handle: Callable[[Sequence[Item]], Any]
+    max_batch: Callable[[], int]
     group_of: Callable[[Item], Hashable] = field(default=lambda _: None)
+    first: bool = False
+    finish: Callable[[Any], Sequence[Result]] | None = None
+
+
+class Ticket:
+    """An item in a queue. It can be given back while it waits."""
+
+    __slots__ = ("_queue", "answered", "done", "failed", "item", "lane", "rank", "since_s", "waiting")
+
+    def __init__(
+        self,
+        queue: BatchQueue,
+        lane: Lane[Any, Any],
+        item: Any,
+        rank: Rank,
+        done: Callable[[Any], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._queue = queue
+        self.lane = lane
+        self.item = item
+        self.rank = rank
+        self.done = done
+        self.failed = failed
+        self.since_s = time.monotonic()
+        self.waiting = True
+        self.answered = False
+
+    def release(self) -> bool:
+        """Take the item out of the queue; False if a worker has it at this moment."""
+        return self._queue.remove(self)
+
+    def raise_rank(self, rank: Rank) -> None:
+        """Make the item at least as urgent as ``rank``, if it still waits."""
+        self._queue.raise_rank(self, rank)
+
+
+class _Waiting:
+    """Tickets by rank; of each rank in the order of their arrival, those of lanes that go first before the others."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[Rank, tuple[dict[Ticket, None], dict[Ticket, None]]] = {}
+        self._ranks: list[Rank] = []  # the keys of ``_tickets``, ascending
+        self.count = 0
+
+    def add(self, ticket: Ticket) -> None:
+        if ticket.rank not in self._tickets:
+            self._tickets[ticket.rank] = {}, {}
+            insort(self._ranks, ticket.rank)
+        self._tickets[ticket.rank][not ticket.lane.first][ticket] = None
+        self.count += 1
+
+    def remove(self, ticket: Ticket) -> None:
+        pair = self._tickets[ticket.rank]
+        del pair[not ticket.lane.first][ticket]
+        self.count -= 1
+        if not (pair[0] or pair[1]):
+            del self._tickets[ticket.rank]
+            del self._ranks[bisect_left(self._ranks, ticket.rank)]
+
+    def in_order(self, now_s: float) -> Iterator[Ticket]:
+        """Yield tickets as they should be taken: first those of the oldest viewport if it has waited for long."""
+        start = bisect_right(self._ranks, BACKGROUND)  # of requests
+        stop = start
+        if start < len(self._ranks):
+            stop = bisect_left(self._ranks, (self._ranks[start][0] + 1,))  # of the oldest viewport's
+            first = next(self._of(self._ranks[stop - 1]))
+            if stop < len(self._ranks) and now_s - first.since_s <= PATIENCE_S:
+                stop = start
+        for ranks in (self._ranks[start:stop], self._ranks[stop:], self._ranks[:start]):
+            for rank in reversed(ranks):
+                yield from self._of(rank)
+
+    def _of(self, rank: Rank) -> Iterator[Ticket]:
+        return chain(*self._tickets[rank])
 
 
 class BatchQueue:
-    """Runs work in batches: a free worker takes the oldest item and all that may go with it, and never waits for more.
+    """Runs work in batches: a free worker takes the most urgent item and all that may go with it, and never waits.
 
     An exception in a batch of several is not shared: its items are run again one by one, so that only the item at
-    fault fails. An item whose future was cancelled while it waited is left out. With one worker the queue is the only
-    user of whatever its lanes touch, for example a GPU.
+    fault fails. With one worker the queue is the only user of whatever its lanes touch, for example a GPU.
     """
 
-    def __init__(self, name: str, threads: int) -> None:
-        self._items: deque[tuple[Lane[Any, Any], Any, Future[Any]]] = deque()
+    def __init__(
+        self, name: str, threads: int, *, in_flight: int = 1, may_take: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Start the workers.
+
+        Args:
+            name: of the threads.
+            threads: how many.
+            in_flight: batches that a worker may have begun and not finished.
+            may_take: whether the workers may go on; ``wake`` makes them ask again.
+        """
+        self._waiting = _Waiting()
         self._wake = threading.Condition()
         self._closed = False
+        self._in_flight = in_flight
+        self._may_take = may_take
         self._threads = [threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, lane: Lane[Item, Result], item: Item) -> Future[Result]:
-        """Queue one item; the future holds its result.
+    def submit(
+        self,
+        lane: Lane[Item, Result],
+        item: Item,
+        rank: Rank,
+        done: Callable[[Result], None],
+        failed: Callable[[Exception], None],
+    ) -> Ticket:
+        """Queue one item; a worker's thread calls ``done`` with its result, or ``failed``.
 
         Raises:
             RuntimeError: if the queue is closed.
         """
-        future: Future[Result] = Future()
+        ticket = Ticket(self, lane, item, rank, done, failed)
         with self._wake:
             if self._closed:
                 raise RuntimeError("the queue is closed")
-            self._items.append((lane, item, future))
+            self._waiting.add(ticket)
             self._wake.notify()
-        return future
+        return ticket
 
     def __len__(self) -> int:
-        return len(self._items)
+        return self._waiting.count
+
+    def remove(self, ticket: Ticket) -> bool:
+        """Take an item out; False if a worker has it at this moment."""
+        with self._wake:
+            if not ticket.waiting:
+                return ticket.answered
+            ticket.waiting = False
+            self._waiting.remove(ticket)
+            return True
+
+    def raise_rank(self, ticket: Ticket, rank: Rank) -> None:
+        """Make an item at least as urgent as ``rank``, if it still waits."""
+        with self._wake:
+            if ticket.waiting and rank > ticket.rank:
+                self._waiting.remove(ticket)
+                ticket.rank = rank
+                self._waiting.add(ticket)
+
+    def wake(self) -> None:
+        """Make the workers ask again whether they may go on."""
+        with self._wake:
+            self._wake.notify_all()
 
     def close(self) -> None:
         """Finish what is queued and end the workers."""
@@ -71,44 +200,91 @@ class BatchQueue:
             thread.join()
 
     def _run(self) -> None:
-        while (batch := self._take()) is not None:
-            lane, items, futures = batch
-            wanted = [future.set_running_or_notify_cancel() for future in futures]  # from here on none is cancelled
-            _run_batch(lane, list(compress(items, wanted)), list(compress(futures, wanted)))
+        begun: deque[tuple[list[Ticket], Any]] = deque()
+        while True:
+            batch = self._take(wait=not begun)
+            if batch:
+                begun += _begin(batch)
+            elif not begun:
+                return
+            if begun and (not batch or len(begun) >= self._in_flight):
+                _finish(*begun.popleft())
 
-    def _take(self) -> tuple[Lane[Any, Any], list[Any], list[Future[Any]]] | None:
+    def _take(self, *, wait: bool) -> list[Ticket]:
+        """Return the next batch; none if the queue is closed and empty, or empty and ``wait`` is not set."""
         with self._wake:
-            while not self._items:
-                if self._closed:
-                    return None
+            while not (self._waiting.count and self._may_take()):
+                if not wait or (self._closed and not self._waiting.count):
+                    return []
                 self._wake.wait()
-            lane, first, future = self._items.popleft()
-            group, items, futures = lane.group_of(first), [first], [future]
-            rest: deque[tuple[Lane[Any, Any], Any, Future[Any]]] = deque()
-            while self._items and len(items) < lane.max_batch:
-                entry = self._items.popleft()
-                if entry[0] is lane and lane.group_of(entry[1]) == group:
-                    items.append(entry[1])
-                    futures.append(entry[2])
-                else:
-                    rest.append(entry)
-            self._items.extendleft(reversed(rest))
-            return lane, items, futures
+            batch: list[Ticket] = []
+            size = 1
+            for ticket in self._waiting.in_order(time.monotonic()):
+                if not batch:
+                    lane, group, size = ticket.lane, ticket.lane.group_of(ticket.item), ticket.lane.max_batch()
+                elif ticket.lane is not lane or lane.group_of(ticket.item) != group:
+                    continue
+                batch.append(ticket)
+                if len(batch) >= size:
+                    break
+            for ticket in batch:
+                ticket.waiting = False
+                self._waiting.remove(ticket)
+            return batch
 
 
-def _run_batch(lane: Lane[Any, Any], items: list[Any], futures: list[Future[Any]]) -> None:
-    if not items:
-        return
+def _begin(batch: list[Ticket]) -> list[tuple[list[Ticket], Any]]:
+    """Begin a batch, and return what there is to finish of it."""
+    lane = batch[0].lane
     try:
-        results = lane.handle(items)
-        if len(results) != len(items):
-            raise RuntimeError(f"{len(items)} items gave {len(results)} results")
+        started = lane.handle([ticket.item for ticket in batch])
     except Exception as error:
-        if len(items) == 1:
-            futures[0].set_exception(error)
+        _fail(batch, error)
+        return []
+    if lane.finish is None:
+        _answer(batch, started)
+        return []
+    return [(batch, started)]
+
+
+def _finish(batch: list[Ticket], started: Any) -> None:
+    try:
+        results = batch[0].lane.finish(started)  # type: ignore[misc]
+    except Exception as error:
+        _fail(batch, error)
+    else:
+        _answer(batch, results)
+
+
+def _answer(batch: list[Ticket], results: Iterable[Any]) -> None:
+    """Give each item its result, as they come."""
+    coming = iter(results)
+    for place, ticket in enumerate(batch):
+        try:
+            result = next(coming)
+        except StopIteration:
+            _fail(batch[place:], RuntimeError(f"{len(batch)} items gave {place} results"))
             return
-        for item, future in zip(items, futures, strict=True):
-            _run_batch(lane, [item], [future])
+        except Exception as error:
+            _fail(batch[place:], error)
+            return
+        _settle(ticket, result)
+
+
+def _settle(ticket: Ticket, result: Any) -> None:
+    ticket.answered = True
+    try:
+        ticket.done(result)
+    except Exception as error:
+        ticket.failed(error)
+
+
+def _fail(batch: list[Ticket], error: Exception) -> None:
+    """Fail an item that is alone; run the items of a batch of several again, each alone."""
+    if len(batch) == 1:
+        batch[0].answered = True
+        batch[0].failed(error)
         return
-    for future, result in zip(futures, results, strict=True):
-        future.set_result(result)
+    for ticket in batch:
+        for alone in _begin([ticket]):
+            _finish(*alone)

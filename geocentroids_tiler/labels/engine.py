@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.encoder.base import ChunkLayout, Encoder, TokenHandle
+from geocentroids_tiler.errors import BusyError
 from geocentroids_tiler.grid import ChunkIndex, PatchRange
-from geocentroids_tiler.labels.batching import BatchQueue, Lane
-from geocentroids_tiler.labels.futures import guard, guard_all, when_all
-from geocentroids_tiler.labels.once import Lru, Once
+from geocentroids_tiler.labels.batching import BACKGROUND, BatchQueue, Lane, Rank
+from geocentroids_tiler.labels.futures import when_all
+from geocentroids_tiler.labels.meters import Meters, timed
+from geocentroids_tiler.labels.once import Claim, Lru, Once, Work
 from geocentroids_tiler.labels.store import ChunkKey, ChunkLabels, LabelStore
-from geocentroids_tiler.source import Dataset, ReadOptions, WindowPixels, read_windows
+from geocentroids_tiler.labels.viewports import Viewports
+from geocentroids_tiler.source import CellCache, Dataset, ReadOptions, WindowPixels, iterate_windows
+
+if TYPE_CHECKING:
+    from geocentroids_tiler.labels.tiers import TierChain
+
+logger = logging.getLogger(__name__)
 
 READ_BATCH = 16
 """Windows read through one opening of a file: opening costs as much as reading a few."""
@@ -30,7 +42,17 @@ CHUNKS_BEFORE_OTHERS = 32
 """Chunks taken from memory before an event loop may turn to something else; waiting costs more than taking one."""
 PIXEL_CACHE_BYTES = 64 * 2**20
 """Windows read but wanted again soon, as their own chunk's and as their neighbours'."""
+CELL_CACHE_BYTES = 64 * 2**20
+"""Cells of the ground that windows read soon will share."""
+READ_AHEAD_RUNS, READ_AHEAD_BYTES = 8, 64 * 2**20
+"""Windows that wait for the device, in runs of it and in memory; no more are read until it has taken some. What is read
+too far ahead may not be wanted any more when its turn comes."""
+MAX_AT_HAND = 20_000
+"""Chunks of a tile below minzoom that are looked for in memory."""
+LOOK_UP_BATCH = 256
+"""Chunks looked up in one visit to a store outside of the process."""
 
+_Assigned = tuple[NDArray[np.uint16], NDArray[np.float32]]
 _WindowKey = tuple[tuple[str, str, ReadOptions], ChunkIndex]
 
 
@@ -72,12 +94,36 @@ class LabelEngine:
     """Computes and keeps the labels of one codebook on one device. Safe for threads.
 
     Readers take windows from files, several through one opening; one thread owns the device and takes whatever
-    windows and chunks wait for it. Tokens stay on the device, so that neighbouring chunks share their windows.
+    windows and chunks wait for it, those of the newest request first. Tokens stay on the device, so that neighbouring
+    chunks share their windows. What nobody waits for any more is not computed.
     """
 
     def __init__(
-        self, codebook: Codebook, encoder: Encoder, store: LabelStore, *, read_threads: int, token_cache_bytes: int
+        self,
+        codebook: Codebook,
+        encoder: Encoder,
+        store: LabelStore,
+        *,
+        read_threads: int,
+        token_cache_bytes: int,
+        queue_windows: int = sys.maxsize,
+        next_rank: Callable[[], Rank] | None = None,
+        meters: Meters | None = None,
+        tier: TierChain | None = None,
     ) -> None:
+        """Load the centroids, measure the device and start the threads.
+
+        Args:
+            codebook: whose labels.
+            encoder: the codebook's encoder.
+            store: keeps labels in memory.
+            read_threads: windows read at once.
+            token_cache_bytes: device memory for tokens.
+            queue_windows: with as many windows waiting, requests that need more are refused.
+            next_rank: returns the rank of the newest request, higher than all before; None: counts them itself.
+            meters: count and time what is done; None: for nobody.
+            tier: keeps labels outside of the process.
+        """
         pre = codebook.manifest.preprocess
         self.codebook = codebook
         self.encoder = encoder
@@ -86,20 +132,37 @@ class LabelEngine:
         self._assigner = encoder.assigner(
             codebook.centroids.astype(np.float32), codebook.manifest.assignment.metric, self.layout
         )
-        self.device_name = f"{encoder.info.backend}/{encoder.info.provider}/{encoder.info.precision}"
+        info = encoder.info
+        self.device_name = f"{info.backend}/{info.provider}/{info.precision}"
         self.seconds_per_chunk = self._measure()
+        self._meters = Meters() if meters is None else meters
+        self._tier = tier
+        self._queue_windows = queue_windows
+        self._next_rank = Viewports().next if next_rank is None else next_rank
         window_bytes = 3 * (pre.window_patches * self._patch_px) ** 2
-        self._chunks: Once[ChunkKey, ChunkLabels] = Once(store)
-        self._pixels: Once[_WindowKey, WindowPixels] = Once(Lru(PIXEL_CACHE_BYTES // window_bytes))
-        self._tokens: Once[_WindowKey, TokenHandle] = Once(Lru(token_cache_bytes // encoder.token_bytes()))
+        self._cells = CellCache(CELL_CACHE_BYTES)
+        lock = threading.RLock()
+        self._chunks: Once[ChunkKey, ChunkLabels] = Once(store, lock)
+        self._pixels: Once[_WindowKey, WindowPixels] = Once(Lru(PIXEL_CACHE_BYTES // window_bytes), lock)
+        self._tokens: Once[_WindowKey, TokenHandle] = Once(Lru(token_cache_bytes // encoder.token_bytes()), lock)
         self._read: Lane[_WindowJob, WindowPixels] = Lane(
-            self._read_batch, READ_BATCH, group_of=lambda job: job.dataset.key
+            self._read_batch, lambda: READ_BATCH, group_of=lambda job: job.dataset.key
         )
-        self._encode: Lane[NDArray[np.uint8], TokenHandle] = Lane(self._encode_batch, encoder.windows_at_once)
-        self._assign: Lane[Sequence[TokenHandle], ChunkLabels] = Lane(self._assign_batch, 4 * encoder.windows_at_once)
+        self._encode: Lane[NDArray[np.uint8], TokenHandle] = Lane(self._encode_batch, lambda: encoder.windows_at_once)
+        self._assign: Lane[Sequence[TokenHandle], ChunkLabels] = Lane(
+            self._begin_assign, lambda: 4 * encoder.windows_at_once, first=True, finish=self._finish_assign
+        )
+        self._look_up: Lane[ChunkKey, ChunkLabels | None] = Lane(self._look_up_batch, lambda: LOOK_UP_BATCH)
+        self._keep: Lane[tuple[ChunkKey, ChunkLabels], None] = Lane(self._keep_batch, lambda: LOOK_UP_BATCH)
         self.windows_encoded = 0
-        self._reading = BatchQueue("geocentroids-read", read_threads)
-        self._device = BatchQueue("geocentroids-device", 1)
+        on_gpu = info.device.startswith("cuda")
+        self._device = BatchQueue("geocentroids-device", 1, in_flight=2 if on_gpu else 1)
+        at_once = encoder.windows_at_once
+        self._read_ahead = max(2 * at_once, min(READ_AHEAD_RUNS * at_once, READ_AHEAD_BYTES // window_bytes))
+        self._reading = BatchQueue(
+            "geocentroids-read", read_threads, may_take=lambda: len(self._device) < self._read_ahead
+        )
+        self._storing = None if tier is None else BatchQueue("geocentroids-store", 1)
 
     @property
     def windows_to_read(self) -> int:
@@ -111,118 +174,270 @@ class LabelEngine:
         """Windows and chunks that wait for the device."""
         return len(self._device)
 
+    @property
+    def windows_waiting(self) -> int:
+        """Windows that are wanted and not encoded yet."""
+        return len(self._tokens)
+
+    @property
+    def windows_given_up(self) -> int:
+        """Windows that were asked for and not encoded, because nobody wanted them any more."""
+        return self._tokens.given_up
+
     def close(self) -> None:
         """Finish the chunks that were asked for, accept no others, and end the threads."""
         wait(self._chunks.close())
-        self._reading.close()
-        self._device.close()
+        for queue in (self._reading, self._device, self._storing):
+            if queue is not None:
+                queue.close()
+        self.encoder.close()
 
-    def chunk(self, dataset: Dataset, index: ChunkIndex) -> Future[ChunkLabels]:
-        """Return the labels of one chunk: from memory, from whoever computes them already, or computed now.
+    def claim(self, dataset: Dataset, index: ChunkIndex, rank: Rank) -> Claim[ChunkLabels]:
+        """Return a share in the labels of one chunk: kept, being computed by whoever wants them too, or computed now.
+
+        Args:
+            dataset: what to label.
+            index: the chunk.
+            rank: ``BACKGROUND``, or the greater the more urgent.
 
         Raises:
             EncoderError: if it would have to be computed and the engine is closed.
         """
-        key = ChunkKey(*dataset.key, self.codebook.digest, self.device_name, *index)
+        key = self._key(dataset, index)
 
-        def start(future: Future[ChunkLabels]) -> None:
-            own = self._window(dataset, index)
-            own.add_done_callback(guard(future, partial(self._start_chunk, dataset, index, future)))
+        def start(work: Work[ChunkLabels]) -> None:
+            if self._storing is None:
+                self._compute(dataset, index, work)
+                return
 
-        return self._chunks.get(key, start)
+            def found(chunk: ChunkLabels | None) -> None:
+                if chunk is not None and len(chunk.labels) == self.layout.stride_patches:
+                    work.finish(chunk)
+                else:
+                    work.go_on(lambda: self._compute(dataset, index, work))
+
+            work.hold(self._storing.submit(self._look_up, key, work.rank, found, work.fail))
+
+        return self._chunks.claim(key, start, rank)
+
+    def chunk(self, dataset: Dataset, index: ChunkIndex) -> Future[ChunkLabels]:
+        """Return the labels of one chunk, for a caller who will not give up."""
+        return self.claim(dataset, index, self._next_rank()).future
+
+    def at_hand(self, dataset: Dataset, patches: PatchRange) -> bool:
+        """Tell whether the labels of a rectangle of patches are all in memory, if it is not too large to look."""
+        rows, cols = patches.intersect(dataset.footprint).chunk_range(self.layout.stride_patches).shape
+        return rows * cols <= MAX_AT_HAND and all(
+            self._chunks.kept(self._key(dataset, index)) for index in self._inside(dataset, patches)
+        )
 
     def ahead(
-        self, dataset: Dataset, chunks: Iterable[ChunkIndex], count: int | None = None
-    ) -> Iterator[tuple[ChunkIndex, Future[ChunkLabels]]]:
-        """Yield chunks of a dataset in the order given, up to ``count`` asked for before their turn."""
+        self, dataset: Dataset, chunks: Iterable[ChunkIndex], *, rank: Rank = BACKGROUND, count: int | None = None
+    ) -> Generator[tuple[ChunkIndex, Future[ChunkLabels]]]:
+        """Yield chunks of a dataset in the order given, up to ``count`` asked for before their turn.
+
+        What is not taken when the iterator is closed is given up.
+
+        Raises:
+            BusyError: if something has to be computed and too many windows wait already; never for ``BACKGROUND``.
+        """
         count = CHUNKS_AHEAD if count is None else count
-        waiting: deque[tuple[ChunkIndex, Future[ChunkLabels]]] = deque()
-        for index in chunks:
-            waiting.append((index, self.chunk(dataset, index)))
-            if len(waiting) >= count:
-                yield waiting.popleft()
-        yield from waiting
+        waiting: deque[tuple[ChunkIndex, Claim[ChunkLabels]]] = deque()
+        full = rank != BACKGROUND and self.windows_waiting >= self._queue_windows
+        try:
+            for place, index in enumerate(chunks):
+                claim = self.claim(dataset, index, (rank[0], rank[1], -place))
+                waiting.append((index, claim))
+                if full and not claim.future.done():
+                    self._meters.rejected.inc()
+                    raise BusyError(
+                        f"{self.windows_waiting} windows wait to be labelled, and this server keeps at most "
+                        f"{self._queue_windows} waiting; try again",
+                        self.windows_waiting * self.seconds_per_chunk,
+                    )
+                if len(waiting) >= count:
+                    index, claim = waiting[0]
+                    yield index, claim.future
+                    waiting.popleft()[1].release()
+            while waiting:
+                index, claim = waiting[0]
+                yield index, claim.future
+                waiting.popleft()[1].release()
+        finally:
+            for _, claim in waiting:
+                claim.release()
 
-    def stream(self, dataset: Dataset, patches: PatchRange) -> Iterator[tuple[ChunkIndex, ChunkLabels]]:
-        """Yield the chunks that hold ``patches``, those outside of the dataset left out, row by row as they come."""
-        for index, future in self.ahead(dataset, self._inside(dataset, patches)):
-            yield index, future.result()
+    def stream(
+        self, dataset: Dataset, patches: PatchRange, *, background: bool = False, timeout_s: float | None = None
+    ) -> Generator[tuple[ChunkIndex, ChunkLabels]]:
+        """Yield the chunks that hold ``patches``, those outside of the dataset left out, row by row as they come.
 
-    def block(self, dataset: Dataset, patches: PatchRange) -> LabelBlock:
-        """Return the labels of a rectangle of patches, waiting for them."""
+        Args:
+            dataset: what to label.
+            patches: which part of it.
+            background: let all requests go first.
+            timeout_s: longest time for all of it.
+
+        Raises:
+            BusyError: if the queue is full or the time is over.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        rank = BACKGROUND if background else self._next_rank()
+        for index, future in self.ahead(dataset, self._inside(dataset, patches), rank=rank):
+            try:
+                labels = future.result(None if deadline_s is None else deadline_s - time.monotonic())
+            except TimeoutError:
+                if future.done():
+                    raise  # the computation's own
+                raise self.too_late(timeout_s) from None
+            yield index, labels
+
+    def block(self, dataset: Dataset, patches: PatchRange, *, timeout_s: float | None = None) -> LabelBlock:
+        """Return the labels of a rectangle of patches, waiting for them.
+
+        Raises:
+            BusyError: if the queue is full or the time is over.
+        """
         result = LabelBlock.empty(patches)
-        for index, chunk in self.stream(dataset, patches):
+        for index, chunk in self.stream(dataset, patches, timeout_s=timeout_s):
             result.paste(index, chunk)
         return result
 
-    async def block_async(self, dataset: Dataset, patches: PatchRange) -> LabelBlock:
-        """Return the labels of a rectangle of patches without holding a thread."""
+    async def block_async(
+        self, dataset: Dataset, patches: PatchRange, *, rank: Rank | None = None, timeout_s: float | None = None
+    ) -> LabelBlock:
+        """Return the labels of a rectangle of patches without holding a thread; cancelled, it gives up what it wants.
+
+        Args:
+            dataset: what to label.
+            patches: which part of it.
+            rank: how urgent it is; None: as urgent as the newest request.
+            timeout_s: longest time for all of it.
+
+        Raises:
+            BusyError: if the queue is full or the time is over.
+        """
         result = LabelBlock.empty(patches)
-        for i, (index, future) in enumerate(self.ahead(dataset, self._inside(dataset, patches))):
-            if not future.done():
-                await asyncio.wrap_future(future)
-            elif i % CHUNKS_BEFORE_OTHERS == 0:
-                await asyncio.sleep(0)
-            result.paste(index, future.result())
+        ahead = self.ahead(dataset, self._inside(dataset, patches), rank=self._next_rank() if rank is None else rank)
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                for i, (index, future) in enumerate(ahead):
+                    if not future.done():
+                        await asyncio.wrap_future(future)
+                    elif i % CHUNKS_BEFORE_OTHERS == 0:
+                        await asyncio.sleep(0)
+                    result.paste(index, future.result())
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self.too_late(timeout_s) from None
+        finally:
+            ahead.close()
         return result
+
+    def too_late(self, timeout_s: float | None) -> BusyError:
+        """Return the error of a request that met its deadline, and count it."""
+        self._meters.timed_out.inc()
+        return BusyError(
+            f"the labels were not there within {timeout_s:g} s; try again",
+            self.windows_waiting * self.seconds_per_chunk,
+        )
+
+    def _key(self, dataset: Dataset, index: ChunkIndex) -> ChunkKey:
+        return ChunkKey(*dataset.key, self.codebook.digest, self.device_name, *index)
 
     def _inside(self, dataset: Dataset, patches: PatchRange) -> Iterator[ChunkIndex]:
         return patches.intersect(dataset.footprint).chunks(self.layout.stride_patches)
 
-    def _start_chunk(self, dataset: Dataset, index: ChunkIndex, future: Future[ChunkLabels], own: WindowPixels) -> None:
+    def _compute(self, dataset: Dataset, index: ChunkIndex, work: Work[ChunkLabels]) -> None:
+        """Ask for the pixels of all windows; the chunk's own tells whether there is anything to label."""
+        own, *others = [self._window(dataset, window, work.rank) for window in self.layout.windows_of(index)]
+        for claim in others:  # read beside its own, not after it: the first tile of a burst waits for them
+            work.hold(claim)
+        work.after(own, partial(self._start_chunk, dataset, index, work))
+
+    def _start_chunk(self, dataset: Dataset, index: ChunkIndex, work: Work[ChunkLabels], own: WindowPixels) -> None:
         """With its own window read: finish a chunk without data, or ask for the tokens of all its windows."""
         m, s = self.layout.margin_patches, self.layout.stride_patches
         labelled = own.labelled[m : m + s, m : m + s]
         if not labelled.any():
-            future.set_result(ChunkLabels.empty(s))
+            self._finish_chunk(dataset, index, work, ChunkLabels.empty(s))
             return
-        tokens = [self._window_tokens(dataset, window) for window in self.layout.windows_of(index)]
-        when_all(tokens, guard_all(future, partial(self._assign_chunk, labelled, future)))
 
-    def _assign_chunk(
-        self, labelled: NDArray[np.bool_], future: Future[ChunkLabels], tokens: list[TokenHandle]
-    ) -> None:
         def finish(chunk: ChunkLabels) -> None:
-            future.set_result(
-                ChunkLabels(
-                    np.where(labelled, chunk.labels, np.uint16(NODATA_LABEL)),
-                    np.where(labelled, chunk.similarity, np.float32(np.nan)),
-                )
+            known = ChunkLabels(
+                np.where(labelled, chunk.labels, np.uint16(NODATA_LABEL)),
+                np.where(labelled, chunk.similarity, np.float32(np.nan)),
             )
+            self._finish_chunk(dataset, index, work, known)
 
-        self._device.submit(self._assign, tokens).add_done_callback(guard(future, finish))
+        def assign(futures: list[Future[TokenHandle]]) -> None:
+            tokens = [future.result() for future in futures]
+            work.hold(self._device.submit(self._assign, tokens, work.rank, finish, work.fail))
 
-    def _window(self, dataset: Dataset, index: ChunkIndex) -> Future[WindowPixels]:
+        claims = [self._window_tokens(dataset, window, work.rank) for window in self.layout.windows_of(index)]
+        for claim in claims:
+            work.hold(claim)
+        when_all([claim.future for claim in claims], lambda futures: work.go_on(lambda: assign(futures)))
+
+    def _finish_chunk(self, dataset: Dataset, index: ChunkIndex, work: Work[ChunkLabels], chunk: ChunkLabels) -> None:
+        if self._storing is not None:
+            item = self._key(dataset, index), chunk
+            self._storing.submit(self._keep, item, BACKGROUND, lambda _: None, _log_failed_write)
+        work.finish(chunk)
+
+    def _window(self, dataset: Dataset, index: ChunkIndex, rank: Rank) -> Claim[WindowPixels]:
         """Return the pixels of a window, read once for all that want them at about the same time."""
 
-        def start(future: Future[WindowPixels]) -> None:
+        def start(work: Work[WindowPixels]) -> None:
             job = _WindowJob(dataset, index)
-            self._reading.submit(self._read, job).add_done_callback(guard(future, future.set_result))
+            work.hold(self._reading.submit(self._read, job, work.rank, work.finish, work.fail))
 
-        return self._pixels.get((dataset.key, index), start)
+        return self._pixels.claim((dataset.key, index), start, rank)
 
-    def _window_tokens(self, dataset: Dataset, index: ChunkIndex) -> Future[TokenHandle]:
+    def _window_tokens(self, dataset: Dataset, index: ChunkIndex, rank: Rank) -> Claim[TokenHandle]:
         """Return the tokens of a window, encoded once for all that want them at about the same time."""
 
-        def start(future: Future[TokenHandle]) -> None:
+        def start(work: Work[TokenHandle]) -> None:
             def encode(window: WindowPixels) -> None:
-                self._device.submit(self._encode, window.pixels).add_done_callback(guard(future, future.set_result))
+                work.hold(self._device.submit(self._encode, window.pixels, work.rank, work.finish, work.fail))
 
-            self._window(dataset, index).add_done_callback(guard(future, encode))
+            work.after(self._window(dataset, index, work.rank), encode)
 
-        return self._tokens.get((dataset.key, index), start)
+        return self._tokens.claim((dataset.key, index), start, rank)
 
-    def _read_batch(self, jobs: Sequence[_WindowJob]) -> list[WindowPixels]:
-        return read_windows(jobs[0].dataset, [job.index for job in jobs], self._patch_px)
+    def _read_batch(self, jobs: Sequence[_WindowJob]) -> Iterator[WindowPixels]:
+        coming = iterate_windows(jobs[0].dataset, [job.index for job in jobs], self._patch_px, self._cells)
+        for _ in jobs:
+            with timed(self._meters.read_seconds):
+                window = next(coming)
+            self._meters.windows_read.inc()
+            yield window
 
     def _encode_batch(self, windows: Sequence[NDArray[np.uint8]]) -> list[TokenHandle]:
-        tokens = self.encoder.encode(np.stack(windows))
+        self._reading.wake()
+        self._meters.batch_windows.observe(len(windows))
+        with timed(self._meters.encode_seconds):
+            tokens = self.encoder.encode(windows)
         self.windows_encoded += len(windows)
         return tokens
 
-    def _assign_batch(self, chunks: Sequence[Sequence[TokenHandle]]) -> list[ChunkLabels]:
-        labels, similarity = self._assigner.assign(chunks)
+    def _begin_assign(self, chunks: Sequence[Sequence[TokenHandle]]) -> Callable[[], _Assigned]:
+        self._reading.wake()
+        return self._assigner.begin(chunks)
+
+    def _finish_assign(self, finish: Callable[[], _Assigned]) -> list[ChunkLabels]:
+        with timed(self._meters.assign_seconds):
+            labels, similarity = finish()
         return [ChunkLabels(*pair) for pair in zip(labels, similarity, strict=True)]
+
+    def _look_up_batch(self, keys: Sequence[ChunkKey]) -> list[ChunkLabels | None]:
+        return [] if self._tier is None else self._tier.get_many(keys)
+
+    def _keep_batch(self, items: Sequence[tuple[ChunkKey, ChunkLabels]]) -> list[None]:
+        if self._tier is not None:
+            self._tier.put_many(items)
+        return [None] * len(items)
 
     def _measure(self) -> float:
         """Run the model as it will be run and return the seconds that a chunk takes when the device is busy."""
@@ -235,3 +450,7 @@ class LabelEngine:
             self._assigner.assign([[handle] * len(self.layout.parts) for handle in tokens])
             best = min(best, (time.perf_counter() - start) / len(windows))
         return best
+
+
+def _log_failed_write(error: Exception) -> None:
+    logger.error("labels could not be kept outside of the process: %s", error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,30 +37,6 @@ def then(future: Future[T], function: Callable[[T], R]) -> Future[R]:
 
     future.add_done_callback(forward)
     return copy
-
-
-def guard(target: Future[Any], action: Callable[[T], None]) -> Callable[[Future[T]], None]:
-    """Return a callback that passes a result to ``action``, and any failure on the way to ``target``."""
-
-    def callback(future: Future[T]) -> None:
-        try:
-            action(future.result())
-        except Exception as error:
-            target.set_exception(error)
-
-    return callback
-
-
-def guard_all(target: Future[Any], action: Callable[[list[T]], None]) -> Callable[[list[Future[T]]], None]:
-    """Return a callback for ``when_all`` that passes the results to ``action``, and any failure to ``target``."""
-
-    def callback(futures: list[Future[T]]) -> None:
-        try:
-            action([future.result() for future in futures])
-        except Exception as error:
-            target.set_exception(error)
-
-    return callback
 
 
 def when_all(futures: Iterable[Future[T]], callback: Callable[[list[Future[T]]], None]) -> None:

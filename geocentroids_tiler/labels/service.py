@@ -8,17 +8,25 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from cachetools import LRUCache
 
 from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Classes, Codebook
 from geocentroids_tiler.encoder import Encoder, encoder_source, load_encoder
+from geocentroids_tiler.errors import GeocentroidsError, SourceUnavailableError, UnsupportedImageError
 from geocentroids_tiler.hub import find_codebook
 from geocentroids_tiler.labels.engine import LabelEngine
-from geocentroids_tiler.labels.futures import guard, then
-from geocentroids_tiler.labels.once import Once
+from geocentroids_tiler.labels.futures import then
+from geocentroids_tiler.labels.job_files import JobRecord
+from geocentroids_tiler.labels.jobs import Jobs
+from geocentroids_tiler.labels.kept import KeptLabels
+from geocentroids_tiler.labels.meters import Meters
+from geocentroids_tiler.labels.once import Once, Work
 from geocentroids_tiler.labels.store import LabelStore
+from geocentroids_tiler.labels.tiers import open_tiers
+from geocentroids_tiler.labels.viewports import Viewports
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.source import (
     Dataset,
@@ -89,6 +97,32 @@ class _FreshDatasets:
         return known if known is not None and self._is_fresh(known.identity) else None
 
 
+class _RecentFailures:
+    """Sources that could not be opened a moment ago, so that a map of them does not ask for each of its tiles."""
+
+    def __init__(self, ttl_s: float) -> None:
+        self._ttl_s = ttl_s
+        self._lock = threading.Lock()
+        self._known: LRUCache[_DatasetKey, tuple[GeocentroidsError, float]] = LRUCache(MAX_SOURCES)
+
+    def remember(self, key: _DatasetKey, error: GeocentroidsError, now_s: float) -> None:
+        """Remember an error for a short time."""
+        with self._lock:
+            self._known[key] = error, now_s
+
+    def check(self, key: _DatasetKey, now_s: float) -> None:
+        """Raise the error of a source that failed a moment ago."""
+        with self._lock:
+            known = self._known.get(key)
+            if known is None:
+                return
+            error, at_s = known
+            if now_s - at_s >= self._ttl_s:
+                del self._known[key]
+                return
+        raise type(error)(*error.args)  # a new one: the old one's traceback grows with each that raises it
+
+
 class Service:
     """Shared state behind the HTTP routes and the command line. Safe for threads and for several event loops.
 
@@ -105,7 +139,7 @@ class Service:
         load: Callable[[Codebook, Settings], Encoder] = load_codebook_encoder,
     ) -> None:
         self.settings = settings
-        self._clock = clock
+        self.clock = clock
         self._load = load
         self._lock = threading.Lock()
         self._codebooks: dict[str, Codebook] = {}
@@ -114,9 +148,20 @@ class Service:
         self._datasets: ByteCache[_DatasetKey, _Opened] = ByteCache(
             DATASET_CACHE_BYTES, lambda opened: _dataset_bytes(opened.dataset)
         )
-        self._opened: Once[_DatasetKey, _Opened] = Once(_FreshDatasets(self._datasets, self._is_fresh))
+        self._fresh = _FreshDatasets(self._datasets, self._is_fresh)
+        self._opened: Once[_DatasetKey, _Opened] = Once(self._fresh)
+        self._failures = _RecentFailures(settings.failure_ttl_s)
         self._identities: LRUCache[str, _Identity] = LRUCache(MAX_SOURCES)
         self.store = LabelStore(settings.label_cache_bytes)
+        self.caches: dict[str, ByteCache[Any, Any]] = {"labels": self.store, "datasets": self._datasets}
+        self.tier = open_tiers(settings)
+        self.meters = Meters()
+        self.viewports = Viewports()
+        self.kept: KeptLabels | None = None
+        self.jobs: Jobs | None = None
+        if settings.labels_dir is not None:
+            self.kept = KeptLabels(settings.labels_dir, settings.label_files_bytes, clock)
+            self.jobs = Jobs(self.kept, self._open_job, settings.max_jobs)
         self._opening = ThreadPoolExecutor(OPEN_THREADS, "geocentroids-open")
         self._loading = ThreadPoolExecutor(1, "geocentroids-load")
         self.drawing = ThreadPoolExecutor(WORK_THREADS, "geocentroids-draw")
@@ -125,11 +170,15 @@ class Service:
 
     def close(self) -> None:
         """Finish what runs and end all threads."""
+        if self.jobs is not None:
+            self.jobs.close()
         for pool in (self._opening, self._loading, self.exporting, self.working, self.drawing):
             pool.shutdown(cancel_futures=True)
         for future in self._engines.values():
             if future.done() and not future.cancelled() and future.exception() is None:
                 future.result().close()
+        if self.tier is not None:
+            self.tier.close()
 
     def codebook(self, name: str | None) -> Codebook:
         """Return a codebook by name, None for the default.
@@ -207,8 +256,16 @@ class Service:
         """
         source = resolve_source(url, self.settings.root)
         key = (source.url, options, codebook.digest)
+        self._failures.check(key, self.clock())
 
         def open_or_confirm() -> _Opened:
+            try:
+                return open_or_confirm_now()
+            except (SourceUnavailableError, UnsupportedImageError) as error:
+                self._failures.remember(key, error, self.clock())
+                raise
+
+        def open_or_confirm_now() -> _Opened:
             identity = self._identity(source)
             known = self._datasets.get(key)
             if known is not None and known.identity.text == identity.text:
@@ -216,10 +273,24 @@ class Service:
             timeout_s = self.settings.source_timeout_s
             return _Opened(open_dataset(source, identity.text, options, codebook, timeout_s), identity)
 
-        def start(future: Future[_Opened]) -> None:
-            self._opening.submit(open_or_confirm).add_done_callback(guard(future, future.set_result))
+        def start(work: Work[_Opened]) -> None:
+            opening = self._opening.submit(open_or_confirm)
+            opening.add_done_callback(lambda done: work.go_on(lambda: work.finish(done.result())))
 
         return then(self._opened.get(key, start), lambda opened: opened.dataset)
+
+    def known_dataset(self, url: str, options: ReadOptions, codebook: Codebook) -> Dataset | None:
+        """Return a dataset that is in memory and was asked not long ago whether it changed, or None."""
+        known = self._fresh.get((url, options, codebook.digest))
+        return None if known is None else known.dataset
+
+    def fresh_until(self, dataset: Dataset) -> float | None:
+        """Return when, by this service's clock, a dataset's source has to be asked again; None if it was not kept."""
+        with self._lock:
+            known = self._identities.get(dataset.source.url)
+        if known is None or known.text != dataset.identity:
+            return None
+        return known.asked_at + self.settings.source_ttl_s
 
     def identity(self, source: Source) -> str:
         """Return what changes when a source's content does, asked at most every ``source_ttl_s``.
@@ -233,14 +304,20 @@ class Service:
         with self._lock:
             known = self._identities.get(source.url)
         if known is None or not self._is_fresh(known):
-            asked_at = self._clock()
+            asked_at = self.clock()
             known = _Identity(source_identity(source, self.settings.source_timeout_s), asked_at)
             with self._lock:
                 self._identities[source.url] = known
         return known
 
     def _is_fresh(self, identity: _Identity) -> bool:
-        return self._clock() - identity.asked_at < self.settings.source_ttl_s
+        return self.clock() - identity.asked_at < self.settings.source_ttl_s
+
+    def _open_job(self, job: JobRecord) -> tuple[Dataset, LabelEngine]:
+        """Open what a job is to label, with what labels it."""
+        codebook = self.codebook(job.codebook)
+        dataset = self.dataset(job.url, ReadOptions(job.bidx, job.rescale), codebook)
+        return dataset.result(), self.engine(codebook).result()
 
     def _load_engine(self, codebook: Codebook) -> LabelEngine:
         settings = self.settings
@@ -251,6 +328,10 @@ class Service:
             self.store,
             read_threads=settings.read_threads,
             token_cache_bytes=settings.token_cache_bytes,
+            queue_windows=settings.queue_windows,
+            next_rank=self.viewports.next,
+            meters=self.meters,
+            tier=self.tier,
         )
         logger.info("codebook %s on %s: %.4f s per chunk", codebook.name, encoder.info, engine.seconds_per_chunk)
         return engine

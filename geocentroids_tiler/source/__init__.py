@@ -12,7 +12,7 @@ from geocentroids_tiler.source.dataset import (
     source_identity,
     with_collars,
 )
-from geocentroids_tiler.source.pixels import PatchPixels, WindowPixels, read_patches, read_windows
+from geocentroids_tiler.source.pixels import PatchPixels, WindowPixels, iterate_windows, read_patches, read_windows
 from geocentroids_tiler.source.policy import Source, gdal_options, resolve_source
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "WindowPixels",
     "check_structure",
     "gdal_options",
+    "iterate_windows",
     "open_dataset",
     "open_raster",
     "place",

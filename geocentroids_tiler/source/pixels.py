@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,7 +64,14 @@ class WindowPixels:
 def read_windows(
     dataset: Dataset, windows: Sequence[ChunkIndex], patch_px: int, cells: CellCache | None = None
 ) -> list[WindowPixels]:
-    """Read windows of a dataset through one opening of its file.
+    """Read windows of a dataset; see ``iterate_windows``."""
+    return list(iterate_windows(dataset, windows, patch_px, cells))
+
+
+def iterate_windows(
+    dataset: Dataset, windows: Sequence[ChunkIndex], patch_px: int, cells: CellCache | None = None
+) -> Iterator[WindowPixels]:
+    """Read windows of a dataset one after the other, through one opening of its file.
 
     What is read for a window depends on nothing but the window: not on the others, not on their order, not on what
     was read before.
@@ -81,10 +88,9 @@ def read_windows(
     pre = dataset.preprocess
     p = pre.window_patches
     ranges = [window_patches_of(index, p, pre.margin_patches, pre.stride_patches) for index in windows]
-    return [
-        WindowPixels(read.pixels, read.valid.reshape(p, patch_px, p, patch_px).mean(axis=(1, 3)) >= 0.5)
-        for read in read_patches(dataset, ranges, patch_px, cells)
-    ]
+    for read in _read_each(dataset, ranges, patch_px, cells):
+        labelled = read.valid.reshape(p, patch_px, p, patch_px).mean(axis=(1, 3)) >= 0.5
+        yield WindowPixels(read.pixels, labelled)
 
 
 def read_patches(
@@ -106,11 +112,16 @@ def read_patches(
     Raises:
         SourceUnavailableError: if the file cannot be read.
     """
-    if not ranges:
-        return []
+    return list(_read_each(dataset, ranges, patch_px, cells))
+
+
+def _read_each(
+    dataset: Dataset, ranges: Sequence[PatchRange], patch_px: int, cells: CellCache | None
+) -> Iterator[PatchPixels]:
     cells = CellCache(_CELLS_OF_ONE_CALL_BYTES) if cells is None else cells
     with _Reader(dataset, patch_px) as reader:
-        return [_read(reader, patches, cells) for patches in ranges]
+        for patches in ranges:
+            yield _read(reader, patches, cells)
 
 
 class _Reader:
