@@ -15,12 +15,14 @@ from titiler.core.errors import DEFAULT_STATUS_CODES, add_exception_handlers
 from titiler.core.factory import TilerFactory, TMSFactory
 
 from geocentroids_tiler import __version__
-from geocentroids_tiler.errors import GeocentroidsError, http_status
+from geocentroids_tiler.errors import GeocentroidsError, http_headers, http_status
 from geocentroids_tiler.handlers import NoStoreRoute, find_codebook, run
+from geocentroids_tiler.hot import HotTiles, HotTilesMiddleware
 from geocentroids_tiler.hub import list_codebooks
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.metrics import exposition
 from geocentroids_tiler.params import ReadParams, path_param
+from geocentroids_tiler.request_log import RequestLogMiddleware
 from geocentroids_tiler.responses import CodebookInfo, codebook_info
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.source import open_raster, resolve_source
@@ -40,19 +42,24 @@ def create_app(settings: Settings | None = None, service: Service | None = None)
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.engine(service.codebook(None))  # loads in the background; /readyz tells when it is done
+        if service.jobs is not None:
+            service.jobs.start()
         yield
         service.close()
 
     app = FastAPI(title="geocentroids-tiler", version=__version__, lifespan=lifespan)
     app.state.service = service
+    hot = HotTiles(service.clock)
+    app.add_middleware(HotTilesMiddleware, hot=hot)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST", "OPTIONS"],
         allow_headers=["*"],
-        expose_headers=["ETag", "X-Geocentroids-Empty"],
+        expose_headers=["ETag", "X-Geocentroids-Empty", "Server-Timing", "X-Request-ID", "Retry-After"],
     )
-    extension = GeocentroidsExtension(settings=settings, service=service)
+    app.add_middleware(RequestLogMiddleware, meters=service.meters)
+    extension = GeocentroidsExtension(settings=settings, service=service, hot=hot)
     cog = TilerFactory(
         router_prefix="/cog",
         path_dependency=path_param,
@@ -168,4 +175,5 @@ def _policy_reader(service: Service) -> type[Reader]:
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:
     status = http_status(error) if isinstance(error, GeocentroidsError) else 500
-    return JSONResponse({"detail": str(error)}, status, headers={"Cache-Control": "no-store"})
+    headers = http_headers(error) if isinstance(error, GeocentroidsError) else {}
+    return JSONResponse({"detail": str(error)}, status, headers={**headers, "Cache-Control": "no-store"})

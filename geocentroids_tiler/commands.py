@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import socket
 import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from geocentroids_tiler.errors import GeocentroidsError, InputError
+from geocentroids_tiler.errors import EncoderError, GeocentroidsError, InputError
 from geocentroids_tiler.settings import load_settings
 
 if TYPE_CHECKING:
     from geocentroids_tiler.labels.engine import LabelEngine
+    from geocentroids_tiler.labels.keeping import KeptWriter
     from geocentroids_tiler.labels.service import Service
     from geocentroids_tiler.source import Dataset, ReadOptions
 
 DEMO_BUDGET_S = 600
-CHUNKS_AT_ONCE = 4
-"""Chunks of the sample scene computed ahead at once: enough to keep a few cores busy."""
 DEMO_FOLDER = Path.home() / ".cache" / "geocentroids" / "demo"
 
 codebook_option = click.option("--codebook", help="Name of an installed codebook, or a codebook directory.")
 host_option = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 port_option = click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 bidx_option = click.option("--bidx", help="Three bands for red, green and blue, for example 4,3,2.")
+labels_option = click.option(
+    "--labels",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of labels of whole datasets, served without computing.",
+)
 rescale_option = click.option("--rescale", help="LOW,HIGH: values that become black and white.")
 
 
@@ -48,7 +54,13 @@ def demo(host: str, port: int, codebook: str | None, folder: Path) -> None:
     click.echo("Preparing the sample scene ...", err=True)
     scene = ensure_demo_scene(folder)
     # All labels are computed ahead, so every zoom may be asked for.
-    settings = load_settings(codebook=codebook, root=folder, demo_url=scene.name, tile_budget_s=DEMO_BUDGET_S)
+    settings = load_settings(
+        codebook=codebook,
+        root=folder,
+        demo_url=scene.name,
+        tile_budget_s=DEMO_BUDGET_S,
+        request_timeout_s=DEMO_BUDGET_S,
+    )
     app = create_app(settings)
     service: Service = app.state.service
     service.codebook(None)
@@ -66,57 +78,90 @@ def demo(host: str, port: int, codebook: str | None, folder: Path) -> None:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder whose images may be opened by relative path.",
 )
+@labels_option
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes.")
-def serve(host: str, port: int, codebook: str | None, root: Path | None, workers: int) -> None:
+def serve(host: str, port: int, codebook: str | None, root: Path | None, labels: Path | None, workers: int) -> None:
     """Serve tiles, exports and the web page. Further settings: GEOCENTROIDS_* environment variables."""
     import uvicorn
 
     from geocentroids_tiler.hub import find_codebook
 
     check_port(host, port)
-    settings = load_settings(codebook=codebook, root=root)
+    settings = load_settings(codebook=codebook, root=root, labels_dir=labels)
     find_codebook(settings.codebook, settings.codebooks_dir, allow_path=True)  # now, not in each worker
     # Workers are processes of their own: they read the same settings from the environment.
     if settings.root is not None:
         os.environ["GEOCENTROIDS_ROOT"] = str(settings.root.resolve())
+    if settings.labels_dir is not None:
+        settings.labels_dir.mkdir(parents=True, exist_ok=True)
+        os.environ["GEOCENTROIDS_LABELS_DIR"] = str(settings.labels_dir.resolve())
     os.environ["GEOCENTROIDS_CODEBOOK"] = settings.codebook
     click.echo(f"Open http://{_shown(host)}:{port}/ in a browser (Ctrl+C ends the server).")
-    uvicorn.run("geocentroids_tiler.app:create_app", factory=True, host=host, port=port, workers=workers)
+    uvicorn.run(
+        "geocentroids_tiler.app:create_app",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        log_config=_log_config(),
+        access_log=False,  # ours says the same, without queries and with the request's id
+        timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
+    )
 
 
 @click.command()
 @click.argument("src")
-@click.argument("dst", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("dst", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @codebook_option
 @click.option("--classes", type=click.IntRange(1, 65535), help="Merge the labels to this many classes.")
 @bidx_option
 @rescale_option
+@labels_option
 @click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 def classify(
     src: str,
-    dst: Path,
+    dst: Path | None,
     codebook: str | None,
     classes: int | None,
     bidx: str | None,
     rescale: str | None,
+    labels: Path | None,
     overwrite: bool,
 ) -> None:
-    """Label all of SRC (a URL or a file) and write the labels to DST.tif, a Cloud Optimized GeoTIFF."""
+    """Label all of SRC (a URL or a file) and write the labels to DST.tif, a Cloud Optimized GeoTIFF.
+
+    With a folder of labels (--labels or GEOCENTROIDS_LABELS_DIR) they are kept there too, unless they are merged; a
+    server with that folder then computes none of them. DST may be left out.
+    """
     from tqdm import tqdm
 
+    from geocentroids_tiler.labels.export import check_unchanged, strips
     from geocentroids_tiler.labels.export import classify as write_labels
 
-    if dst.exists() and not overwrite:
+    keep = classes is None and load_settings(labels_dir=labels).labels_dir is not None
+    if dst is None and not keep:
+        raise InputError("DST is missing: merged labels, and labels without a folder (--labels), go to a file only")
+    if dst is not None and dst.exists() and not overwrite:
         raise InputError(f"{dst} exists already; name another file or use --overwrite")
-    service, dataset, engine = _open(src, codebook, bidx, rescale)
-    try:
+    with ExitStack() as stack:
+        service, dataset, engine = _open(src, codebook, bidx, rescale, labels)
+        stack.callback(service.close)
         for warning in dataset.warnings:
             click.echo(f"Warning: {warning}", err=True)
         merged = service.classes(engine.codebook, classes)
-        with tqdm(total=dataset.chunk_count, unit="chunk", desc=dst.name) as bar:
-            write_labels(engine, dataset, merged, dst, bar.update)
-    finally:
-        service.close()
+        writer = _kept_writer(service, dataset, engine, stack) if keep else None
+        write = (lambda strip: None) if writer is None else writer.write
+        if dst is not None or writer is not None:
+            name = dataset.source.url if dst is None else dst.name
+            bar = stack.enter_context(tqdm(total=dataset.chunk_count, unit="chunk", desc=name))
+            if dst is not None:
+                write_labels(engine, dataset, merged, dst, bar.update, write)
+            else:
+                for strip in strips(engine, dataset, dataset.footprint, bar.update):
+                    write(strip)
+        if writer is not None:
+            check_unchanged(dataset)
+            writer.finish()
 
 
 @click.command()
@@ -130,12 +175,15 @@ def info(src: str, codebook: str | None, bidx: str | None, rescale: str | None, 
     import morecantile
 
     from geocentroids_tiler.handlers import zooms_of
+    from geocentroids_tiler.labels.reading import DatasetLabels
     from geocentroids_tiler.responses import image_info
 
     service, dataset, engine = _open(src, codebook, bidx, rescale)
     try:
         tms = morecantile.tms.get("WebMercatorQuad")
-        found = image_info(dataset, engine, zooms_of(service, engine, dataset, tms)).model_dump()
+        kept = None if service.kept is None else service.kept.find(dataset, engine.codebook)
+        zooms = zooms_of(service, DatasetLabels(dataset, engine, kept), tms)
+        found = image_info(dataset, engine, zooms, kept).model_dump(mode="json")
     finally:
         service.close()
     if as_json:
@@ -156,25 +204,52 @@ def check_port(host: str, port: int) -> None:
 
 
 def _open(
-    src: str, codebook: str | None, bidx: str | None, rescale: str | None
+    src: str, codebook: str | None, bidx: str | None, rescale: str | None, labels: Path | None = None
 ) -> tuple[Service, Dataset, LabelEngine]:
     """Open a URL, or a file wherever it is: on the command line the user is the operator."""
     from geocentroids_tiler.labels.service import Service
 
     options = read_options(bidx, rescale)
-    local = Path(src)
-    is_url = src.lower().startswith(("http:", "https:"))
-    settings = (
-        load_settings(codebook=codebook) if is_url else load_settings(codebook=codebook, root=local.resolve().parent)
-    )
+    settings = load_settings(codebook=codebook, labels_dir=labels)
+    url = src
+    if not src.lower().startswith(("http:", "https:")):
+        root, url = as_served(Path(src), settings.root)
+        settings = load_settings(codebook=codebook, labels_dir=labels, root=root)
     service = Service(settings)
     try:
         chosen = service.codebook(None)
-        dataset = service.dataset(src if is_url else local.name, options, chosen).result()
+        dataset = service.dataset(url, options, chosen).result()
         return service, dataset, service.engine(chosen).result()
     except GeocentroidsError:
         service.close()
         raise
+
+
+def as_served(file: Path, root: Path | None) -> tuple[Path, str]:
+    """Return the root folder and the URL for a file, if it lies in ``root`` those under which a server has it."""
+    if root is not None:
+        for path in (Path(os.path.normpath(file.absolute())), file.resolve()):
+            for folder in (Path(os.path.normpath(root.absolute())), root.resolve()):
+                if path.is_relative_to(folder) and file.resolve().is_relative_to(root.resolve()):
+                    return root, path.relative_to(folder).as_posix()
+    return file.resolve().parent, file.name
+
+
+def _kept_writer(service: Service, dataset: Dataset, engine: LabelEngine, stack: ExitStack) -> KeptWriter | None:
+    """Return what keeps the labels of a dataset until the stack is closed, or None if they are kept already.
+
+    Raises:
+        StorageFullError: if they may not fit.
+    """
+    if service.kept is None or service.jobs is None:
+        return None
+    place = f"{dataset.source.url!r} in {service.kept.folder}"
+    if service.kept.find(dataset, engine.codebook) is not None:
+        click.echo(f"The labels of {place} are kept already", err=True)
+        return None
+    service.kept.check_room(dataset, service.jobs.reserved_bytes())
+    click.echo(f"Keeping the labels of {place}", err=True)
+    return stack.enter_context(service.kept.writer(dataset, engine.codebook, engine.device_name))
 
 
 def read_options(bidx: str | None, rescale: str | None) -> ReadOptions:
@@ -193,11 +268,23 @@ def read_options(bidx: str | None, rescale: str | None) -> ReadOptions:
     return ReadOptions(parse_bidx(bands), parse_rescale(rescale))
 
 
-def _label_ahead(service: Service, url: str) -> None:
-    """Compute the labels of the sample scene before anyone asks for them, from its middle outwards.
+def _log_config() -> dict[str, Any]:
+    """Return uvicorn's logging, with our own beside it: one line for each request, and what goes wrong."""
+    from uvicorn.config import LOGGING_CONFIG
 
-    Few chunks are asked for at once, so that a tile that someone is waiting for comes first.
-    """
+    config: dict[str, Any] = copy.deepcopy(LOGGING_CONFIG)
+    config["formatters"]["geocentroids"] = {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
+    config["handlers"]["geocentroids"] = {
+        "class": "logging.StreamHandler",
+        "formatter": "geocentroids",
+        "stream": "ext://sys.stderr",
+    }
+    config["loggers"]["geocentroids_tiler"] = {"handlers": ["geocentroids"], "level": "INFO", "propagate": False}
+    return config
+
+
+def _label_ahead(service: Service, url: str) -> None:
+    """Compute the labels of the sample scene before anyone asks for them, from its middle outwards."""
     from geocentroids_tiler.source import ReadOptions
 
     codebook = service.codebook(None)
@@ -207,8 +294,9 @@ def _label_ahead(service: Service, url: str) -> None:
     chunks = dataset.footprint.chunk_range(stride)
     middle = (chunks.row_start + chunks.row_stop) / 2, (chunks.col_start + chunks.col_stop) / 2
     outwards = sorted(dataset.footprint.chunks(stride), key=lambda chunk: math.dist(chunk, middle))
-    for _, labels in engine.ahead(dataset, outwards, CHUNKS_AT_ONCE):
-        labels.result()
+    with suppress(EncoderError):  # the server is shutting down
+        for _, labels in engine.ahead(dataset, outwards):
+            labels.result()
 
 
 def _shown(host: str) -> str:

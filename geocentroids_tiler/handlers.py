@@ -20,10 +20,11 @@ from starlette.requests import Request
 
 from geocentroids_tiler.area import Area, area_of_geometry
 from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
-from geocentroids_tiler.errors import GeocentroidsError, InputError, http_status, short
+from geocentroids_tiler.errors import BusyError, GeocentroidsError, InputError, http_headers, http_status, short
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.export import label_geotiff
 from geocentroids_tiler.labels.futures import follow
+from geocentroids_tiler.labels.reading import DatasetLabels
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.params import ReadParams, StyleParams
 from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat, encode_indexed, palette_index, transparent_tile
@@ -54,9 +55,9 @@ class NoStoreRoute(APIRoute):
                 response: Response = await handler(request)
             except GeocentroidsError as error:
                 status = http_status(error)
-                if status >= 500:
+                if status >= 500 and not isinstance(error, BusyError):
                     logger.error("%s answered with %d", request.url.path, status, exc_info=error)
-                return _error(str(error), status)
+                return _error(str(error), status, http_headers(error))
             except HTTPException as error:
                 return _error(error.detail, error.status_code, error.headers)
             except RequestValidationError as error:
@@ -85,24 +86,33 @@ async def find_classes(service: Service, codebook: Codebook, n: int | None) -> C
 
 async def find_dataset(service: Service, url: str, read: ReadParams, codebook: Codebook) -> Dataset:
     """Return the dataset of a request."""
-    return await asyncio.wrap_future(service.dataset(url, read.options, codebook))
+    known = service.known_dataset(url, read.options, codebook)
+    return known if known is not None else await asyncio.wrap_future(service.dataset(url, read.options, codebook))
 
 
 async def find_engine(service: Service, codebook: Codebook) -> LabelEngine:
     """Return the engine of a codebook, waiting for its encoder to load."""
-    return await asyncio.wrap_future(follow(service.engine(codebook)))
+    loading = service.engine(codebook)
+    return loading.result() if loading.done() else await asyncio.wrap_future(follow(loading))
 
 
-async def open_all(service: Service, url: str, read: ReadParams) -> tuple[Codebook, Dataset, LabelEngine]:
-    """Return codebook, dataset and engine of a request."""
+async def find_labels(service: Service, dataset: Dataset, codebook: Codebook) -> DatasetLabels:
+    """Return where the labels of a dataset come from."""
+    engine = await find_engine(service, codebook)
+    kept = None if service.kept is None else await run(service.working, service.kept.find, dataset, codebook)
+    return DatasetLabels(dataset, engine, kept)
+
+
+async def open_all(service: Service, url: str, read: ReadParams) -> tuple[Codebook, DatasetLabels]:
+    """Return the codebook of a request, and its dataset with the labels."""
     codebook = await find_codebook(service, read)
     dataset = await find_dataset(service, url, read, codebook)
-    return codebook, dataset, await find_engine(service, codebook)
+    return codebook, await find_labels(service, dataset, codebook)
 
 
-def zooms_of(service: Service, engine: LabelEngine, dataset: Dataset, tms: TileMatrixSet) -> tuple[int, int]:
-    """Return minzoom and maxzoom of a dataset on this server's device."""
-    return zoom_range(tms, dataset, engine.seconds_per_chunk, service.settings.tile_budget_s)
+def zooms_of(service: Service, labels: DatasetLabels, tms: TileMatrixSet) -> tuple[int, int]:
+    """Return minzoom and maxzoom of a dataset on this server: all from the first if its labels are kept."""
+    return zoom_range(tms, labels.dataset, labels.seconds_per_chunk, service.settings.tile_budget_s)
 
 
 def read_geojson(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -161,7 +171,7 @@ def area_of_feature(feature: Mapping[str, Any], dataset: Dataset) -> Area:
 
 
 def export(
-    service: Service, engine: LabelEngine, dataset: Dataset, area: Area, look: StyleParams, raster_format: RasterFormat
+    service: Service, labels: DatasetLabels, area: Area, look: StyleParams, raster_format: RasterFormat
 ) -> Response:
     """Return the labels of an area as a file, one pixel per patch.
 
@@ -170,36 +180,36 @@ def export(
     """
     if area.empty:
         raise InputError("the area holds no patch of the image; see bounds in /info")
-    codebook = engine.codebook
+    codebook = labels.engine.codebook
     style = look.style(codebook)
     classes = service.classes(codebook, look.classes)
-    _check_cost(service, engine, [area])
-    block = engine.block(dataset, area.patches)
-    labels = np.where(area.inside, block.labels, np.uint16(NODATA_LABEL))
+    _check_cost(service, labels.engine, [area])
+    block = labels.block(area.patches, service.settings.export_timeout_s)
+    inside = np.where(area.inside, block.labels, np.uint16(NODATA_LABEL))
     if raster_format == "tif":
-        content = label_geotiff(classes.of_labels(labels), area.patches, dataset.grid, codebook, classes)
+        content = label_geotiff(classes.of_labels(inside), area.patches, labels.dataset.grid, codebook, classes)
         return Response(
             content,
             media_type="image/tiff; application=geotiff",
             headers={"Content-Disposition": 'attachment; filename="classes.tif"'},
         )
-    index, palette = palette_index(labels, block.similarity, classes, style, codebook.similarity_range())
+    index, palette = palette_index(inside, block.similarity, classes, style, codebook.similarity_range())
     return Response(encode_indexed(index, palette, "png"), media_type=MEDIA_TYPE["png"])
 
 
 def statistics_of(
-    service: Service, engine: LabelEngine, dataset: Dataset, features: Sequence[dict[str, Any]], classes: Classes
+    service: Service, labels: DatasetLabels, features: Sequence[dict[str, Any]], classes: Classes
 ) -> list[dict[str, Any]]:
     """Return features with the area of every class inside each.
 
     Raises:
         InputError: if one is not a polygon, or all together hold too many patches.
     """
-    areas = [area_of_feature(feature, dataset) for feature in features]
-    _check_cost(service, engine, areas)
-    patch_area_m2 = dataset.grid.patch_area_m2
+    areas = [area_of_feature(feature, labels.dataset) for feature in features]
+    _check_cost(service, labels.engine, areas)
+    patch_area_m2, timeout_s = labels.dataset.grid.patch_area_m2, service.settings.export_timeout_s
     return [
-        with_statistics(feature, area_statistics(engine.block(dataset, area.patches), area, classes, patch_area_m2))
+        with_statistics(feature, area_statistics(labels.block(area.patches, timeout_s), area, classes, patch_area_m2))
         for feature, area in zip(features, areas, strict=True)
     ]
 

@@ -19,24 +19,47 @@ class ServiceCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Yield all metrics."""
-        label_bytes = GaugeMetricFamily("geocentroids_label_cache_bytes", "Memory taken by computed labels.")
-        label_bytes.add_metric([], self._service.store.nbytes)
-        yield label_bytes
-        encoded = CounterMetricFamily("geocentroids_windows_encoded", "Windows encoded.", labels=["codebook"])
-        read = GaugeMetricFamily("geocentroids_windows_to_read", "Windows waiting to be read.", labels=["codebook"])
-        queued = GaugeMetricFamily("geocentroids_device_queue", "Items waiting for the device.", labels=["codebook"])
+        yield from self._service.meters.collect()
+        yield from self._caches()
+        yield from self._engines()
+
+    def _caches(self) -> Iterable[Metric]:
+        size = GaugeMetricFamily("geocentroids_cache_bytes", "Memory or disk that a cache takes.", labels=["cache"])
+        hits = CounterMetricFamily("geocentroids_cache_hits", "Values found in a cache.", labels=["cache"])
+        misses = CounterMetricFamily("geocentroids_cache_misses", "Values not found in a cache.", labels=["cache"])
+        errors = CounterMetricFamily("geocentroids_cache_errors", "Failures of a store.", labels=["cache"])
+        for name, cache in self._service.caches.items():
+            size.add_metric([name], cache.nbytes)
+            hits.add_metric([name], cache.hits)
+            misses.add_metric([name], cache.misses)
+        for tier in self._service.tier.figures() if self._service.tier is not None else ():
+            size.add_metric([tier.name], tier.nbytes)
+            hits.add_metric([tier.name], tier.hits)
+            misses.add_metric([tier.name], tier.misses)
+            errors.add_metric([tier.name], tier.errors)
+        yield from (size, hits, misses, errors)
+
+    def _engines(self) -> Iterable[Metric]:
+        by = ["codebook"]
+        encoded = CounterMetricFamily("geocentroids_windows_encoded", "Windows encoded.", labels=by)
+        given_up = CounterMetricFamily(
+            "geocentroids_windows_given_up", "Windows asked for that nobody waited for any more.", labels=by
+        )
+        waiting = GaugeMetricFamily("geocentroids_windows_waiting", "Windows wanted and not encoded yet.", labels=by)
+        read = GaugeMetricFamily("geocentroids_windows_to_read", "Windows waiting to be read.", labels=by)
+        queued = GaugeMetricFamily("geocentroids_device_queue", "Items waiting for the device.", labels=by)
         speed = GaugeMetricFamily(
-            "geocentroids_seconds_per_chunk",
-            "Seconds per chunk, measured when the model was loaded.",
-            labels=["codebook"],
+            "geocentroids_seconds_per_chunk", "Seconds per chunk, measured when the model was loaded.", labels=by
         )
         for engine in self._service.engines():
             labels = [engine.codebook.name]
             encoded.add_metric(labels, engine.windows_encoded)
+            given_up.add_metric(labels, engine.windows_given_up)
+            waiting.add_metric(labels, engine.windows_waiting)
             read.add_metric(labels, engine.windows_to_read)
             queued.add_metric(labels, engine.device_queue)
             speed.add_metric(labels, engine.seconds_per_chunk)
-        yield from (encoded, read, queued, speed)
+        yield from (encoded, given_up, waiting, read, queued, speed)
 
 
 def exposition(service: Service) -> bytes:

@@ -129,9 +129,65 @@ def average_colors(index: NDArray[np.uint16], palette: NDArray[np.uint8], factor
         for j in range(factor):
             total += premultiplied[index[i::factor, j::factor]]
     total /= factor**2
-    alpha = total[..., 3:]
-    total[..., :3] = np.divide(total[..., :3] * 255, alpha, out=np.zeros_like(total[..., :3]), where=alpha > 0)
-    return np.rint(total).astype(np.uint8)
+    return _straight(total)
+
+
+def cell_colors(index: NDArray[np.uint16], palette: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    """Return the average colour of each ``factor`` x ``factor`` square, multiplied by its opacity.
+
+    Args:
+        index: of shape (H * factor, W * factor), uint16.
+        palette: RGBA of shape (n, 4), uint8.
+        factor: indices a side of a square.
+
+    Returns:
+        Premultiplied RGBA of shape (H, W, 4), uint8, rounded to whole levels.
+    """
+    premultiplied = palette.astype(np.float32)
+    premultiplied[:, :3] *= premultiplied[:, 3:] / 255
+    colors = np.rint(premultiplied).astype(np.uint8)[index]
+    if factor == 1:
+        return colors
+    # As four channels without a meaning: Pillow would multiply those of RGBA by opacity once more.
+    picture = Image.frombuffer("CMYK", index.shape[::-1], np.ascontiguousarray(colors), "raw", "CMYK", 0, 1)
+    return np.asarray(picture.reduce(factor))
+
+
+def average_samples(
+    colors: NDArray[np.uint8], rows: NDArray[np.int64], cols: NDArray[np.int64], samples: int
+) -> NDArray[np.uint8]:
+    """Average the colours of cells under each pixel.
+
+    Args:
+        colors: premultiplied RGBA of cells, of shape (H, W, 4), uint8.
+        rows: row of the cell at each sample, of shape (h * samples, w * samples); outside of ``colors`` for none.
+        cols: its column, of the same shape.
+        samples: samples a side of a pixel.
+
+    Returns:
+        RGBA of shape (h, w, 4), uint8.
+    """
+    height, width = colors.shape[:2]
+    padded = np.zeros((height + 1, width + 1, 4), np.uint8)  # the last row and column are transparent
+    padded[:-1, :-1] = colors
+    inside = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
+    at = np.where(inside, rows * (width + 1) + cols, padded.shape[0] * padded.shape[1] - 1)
+    found = padded.view(np.uint32).ravel()[at].view(np.uint8).reshape(*rows.shape, 4)
+    h, w = rows.shape[0] // samples, rows.shape[1] // samples
+    total = np.zeros((h, w, 4), np.float32)
+    for i in range(samples):
+        for j in range(samples):
+            total += found[i::samples, j::samples]
+    total /= samples**2
+    return _straight(total)
+
+
+def _straight(premultiplied: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Undo the multiplication by opacity."""
+    alpha = premultiplied[..., 3:]
+    color = np.divide(premultiplied[..., :3] * 255, alpha, out=np.zeros_like(premultiplied[..., :3]), where=alpha > 0)
+    rgba: NDArray[np.uint8] = np.rint(np.concatenate([color, alpha], axis=-1)).clip(0, 255).astype(np.uint8)
+    return rgba
 
 
 def encode_indexed(index: NDArray[np.uint16], palette: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
@@ -155,12 +211,14 @@ def encode_indexed(index: NDArray[np.uint16], palette: NDArray[np.uint8], image_
 
 
 def encode_rgba(rgba: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
-    """Encode RGBA of shape (H, W, 4), uint8, without loss."""
+    """Encode RGBA of shape (H, W, 4), uint8, without loss; a PNG without opacity where all of it is opaque."""
     buffer = io.BytesIO()
-    image = Image.fromarray(np.ascontiguousarray(rgba))
     if image_format == "png":
+        opaque = bool((rgba[..., 3] == 255).all())
+        image = Image.fromarray(np.ascontiguousarray(rgba[..., :3] if opaque else rgba))
         image.save(buffer, "PNG", compress_level=1)
     else:
+        image = Image.fromarray(np.ascontiguousarray(rgba))
         image.save(buffer, "WEBP", lossless=True, quality=20, method=0, exact=False)
     return buffer.getvalue()
 

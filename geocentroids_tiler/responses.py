@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
 from geocentroids_tiler.colors import hex_color
 from geocentroids_tiler.exemplars import ExemplarImage
 from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
+from geocentroids_tiler.labels.kept import KeptDataset
 from geocentroids_tiler.source import Dataset
 
 ExemplarLink = Callable[[int], str]
@@ -141,7 +143,10 @@ class DeviceState(BaseModel):
 
 
 class ImageInfo(BaseModel):
-    """An image as a codebook sees it, and what labelling all of it would cost."""
+    """An image as a codebook sees it, and what labelling all of it would cost.
+
+    ``labels`` tells whether they are kept on disk, and since when, or computed when they are asked for.
+    """
 
     url: str
     bounds: tuple[float, float, float, float]
@@ -157,6 +162,8 @@ class ImageInfo(BaseModel):
     chunks: int
     seconds_per_chunk: float
     seconds: float
+    labels: Literal["kept", "computed"]
+    labels_made_at: datetime | None
     warnings: list[str]
 
 
@@ -184,8 +191,17 @@ def codebook_info(codebook: Codebook) -> CodebookInfo:
     )
 
 
-def image_info(dataset: Dataset, engine: LabelEngine, zooms: tuple[int, int]) -> ImageInfo:
-    """Describe a dataset and the cost of labelling it."""
+def image_info(
+    dataset: Dataset, engine: LabelEngine, zooms: tuple[int, int], kept: KeptDataset | None = None
+) -> ImageInfo:
+    """Describe a dataset and the cost of labelling it.
+
+    Args:
+        dataset: the dataset.
+        engine: what labels it.
+        zooms: its minzoom and maxzoom.
+        kept: its labels, if they are kept.
+    """
     footprint, device = dataset.footprint, engine.encoder.info
     authority = dataset.grid.crs.to_authority()
     return ImageInfo(
@@ -210,6 +226,8 @@ def image_info(dataset: Dataset, engine: LabelEngine, zooms: tuple[int, int]) ->
         chunks=dataset.chunk_count,
         seconds_per_chunk=engine.seconds_per_chunk,
         seconds=dataset.chunk_count * engine.seconds_per_chunk,
+        labels="computed" if kept is None else "kept",
+        labels_made_at=None if kept is None else kept.record.made_at,
         warnings=list(dataset.warnings),
     )
 

@@ -30,13 +30,11 @@ from geocentroids_tiler.handlers import (
     NoStoreRoute,
     RasterFormat,
     area_of_feature,
-    empty_tile,
     exemplar,
     export,
     find_classes,
     find_codebook,
     find_dataset,
-    find_engine,
     open_all,
     read_feature,
     read_geojson,
@@ -44,6 +42,8 @@ from geocentroids_tiler.handlers import (
     statistics_of,
     zooms_of,
 )
+from geocentroids_tiler.hot import HotTiles
+from geocentroids_tiler.jobs_api import JobRoutes
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.params import (
     ReadParams,
@@ -66,7 +66,8 @@ from geocentroids_tiler.responses import (
     point_info,
 )
 from geocentroids_tiler.settings import Settings
-from geocentroids_tiler.tiles import TileCache, TileKey, check_zoom, draw_tile, tile_view
+from geocentroids_tiler.tile_answers import ServerTiming, TileAnswers, TileRequest
+from geocentroids_tiler.tiles import check_zoom
 from geocentroids_tiler.wmts import capabilities
 
 PREFIX = "/geocentroids"
@@ -121,11 +122,13 @@ class GeocentroidsExtension(FactoryExtension):
     Attributes:
         settings: what an operator can choose; read from the environment if not given.
         service: shared state; give one service to all extensions and routers of a process.
+        hot: learns which tiles were answered, for a ``HotTilesMiddleware`` if there is one.
         factory: the routes, once registered.
     """
 
     settings: Settings = attrs.field(factory=Settings)
     service: Service = attrs.field(default=attrs.Factory(lambda self: Service(self.settings), takes_self=True))
+    hot: HotTiles = attrs.field(factory=HotTiles)
 
     factory: "ClassTilerFactory" = attrs.field(init=False)
 
@@ -135,12 +138,14 @@ class GeocentroidsExtension(FactoryExtension):
         name = factory.name or factory.router_prefix.strip("/").replace("/", ".")
         self.factory = ClassTilerFactory(
             service=self.service,
+            hot=self.hot,
             router=APIRouter(prefix=PREFIX, route_class=NoStoreRoute),
             router_prefix=factory.router_prefix,
             name=f"{name}.geocentroids".lstrip("."),
             supported_tms=factory.supported_tms,
             # TiTiler's own dependency is synchronous: with it every tile would wait for a thread.
             path_dependency=path_param if path_dependency is DatasetPathParams else path_dependency,
+            extensions=[JobRoutes(self.service)],
         )
         # The routes themselves, not an included router, so that the factory's route_dependencies reach them.
         factory.router.routes.extend(self.factory.router.routes)
@@ -151,11 +156,13 @@ class ClassTilerFactory(TilerFactory):
     """Routes for classes in place of TiTiler's routes for pixels, under the same names and parameters."""
 
     service: Service
-    tile_cache: TileCache = attrs.field(init=False)
+    hot: HotTiles = attrs.field(factory=HotTiles)
+    tiles: TileAnswers = attrs.field(init=False)
+    _sets: dict[str, TileMatrixSet] = attrs.field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
         """Let TiTiler register the routes."""
-        self.tile_cache = TileCache(self.service.settings.tile_cache_bytes)
+        self.tiles = TileAnswers(self.service, self.hot)
         super().__attrs_post_init__()  # type: ignore[no-untyped-call]
 
     def register_routes(self) -> None:
@@ -180,7 +187,9 @@ class ClassTilerFactory(TilerFactory):
     def _tms(self, name: str) -> TileMatrixSet:
         if name not in self.supported_tms.list():
             raise InputError(f"{name!r} is not a TileMatrixSet here; accepted: {', '.join(self.supported_tms.list())}")
-        return self.supported_tms.get(name)
+        if name not in self._sets:  # each ``get`` makes a copy
+            self._sets[name] = self.supported_tms.get(name)
+        return self._sets[name]
 
     async def _check_look(self, codebook: Codebook, look: StyleParams) -> None:
         """Raise InputError if tiles cannot be drawn that way."""
@@ -215,45 +224,15 @@ class ClassTilerFactory(TilerFactory):
             look: StyleParams = Depends(style_params),
         ) -> Response:
             """Return a tile in which every patch of ground has the colour of its class."""
+            timing = ServerTiming()
             tms = self._tms(tileMatrixSetId)
             check_zoom(tms, z)
             codebook = await find_codebook(service, read)
             style = look.style(codebook)
             classes = await find_classes(service, codebook, look.classes)
             dataset = await find_dataset(service, url, read, codebook)
-            engine = await find_engine(service, codebook)
-            key = TileKey(
-                *dataset.key,
-                codebook.digest,
-                engine.device_name,
-                tileMatrixSetId,
-                z,
-                x,
-                y,
-                tilesize,
-                format,
-                look.classes,
-                style,
-            )
-            headers = {"ETag": key.etag, "Cache-Control": service.settings.cache_control}
-            if key.etag in request.headers.get("if-none-match", ""):
-                return Response(status_code=304, headers=headers)
-            content = self.tile_cache.get(key)
-            if content is None:
-                minzoom, _ = zooms_of(service, engine, dataset, tms)
-                if z < minzoom:
-                    return empty_tile(tilesize, format, f"below-minzoom {minzoom}")
-                view = await run(
-                    service.drawing, tile_view, tms, Tile(x, y, z), tilesize, dataset.grid, dataset.footprint
-                )
-                if view is None:
-                    return empty_tile(tilesize, format, "outside")
-                block = await engine.block_async(dataset, view.patches)
-                content = await run(
-                    service.drawing, draw_tile, view, block, classes, style, codebook.similarity_range(), format
-                )
-                self.tile_cache.put(key, content)
-            return Response(content, media_type=MEDIA_TYPE[format], headers=headers)
+            wanted = TileRequest(tms, Tile(x, y, z), tilesize, format, dataset, codebook, classes, look.classes, style)
+            return await self.tiles.answer(request, wanted, timing)
 
     def tilejson(self) -> None:
         """Register /tilejson.json."""
@@ -276,9 +255,9 @@ class ClassTilerFactory(TilerFactory):
         ) -> TileJSON:
             """Return the TileJSON document of an image's classes."""
             tms = self._tms(tileMatrixSetId)
-            codebook, dataset, engine = await open_all(service, url, read)
+            codebook, labels = await open_all(service, url, read)
             await self._check_look(codebook, look)
-            minzoom, maxzoom = zooms_of(service, engine, dataset, tms)
+            minzoom, maxzoom = zooms_of(service, labels, tms)
             query = [(name, value) for name, value in request.query_params.multi_items() if name != "tile_format"]
             if "tilesize" not in request.query_params:
                 query.append(("tilesize", str(tilesize)))
@@ -291,7 +270,7 @@ class ClassTilerFactory(TilerFactory):
                 attribution=codebook.manifest.attribution or None,
                 legend=self.url_for(request, "legend") + f"?{urlencode(query)}",
                 tiles=[f"{tiles}?{urlencode(query)}"],
-                bounds=list(dataset.geographic_bounds),
+                bounds=list(labels.dataset.geographic_bounds),
                 minzoom=max(0, minzoom),
                 maxzoom=maxzoom,
             )
@@ -315,7 +294,7 @@ class ClassTilerFactory(TilerFactory):
             look: StyleParams = Depends(style_params),
         ) -> Response:
             """Return the WMTS capabilities of an image's classes: a layer for each TileMatrixSet that holds it."""
-            codebook, dataset, engine = await open_all(service, url, read)
+            codebook, labels = await open_all(service, url, read)
             await self._check_look(codebook, look)
             query = [item for item in request.query_params.multi_items() if item[0].lower() not in _NOT_FOR_WMTS_TILES]
 
@@ -326,9 +305,9 @@ class ClassTilerFactory(TilerFactory):
             context = await run(
                 service.working,
                 capabilities,
-                dataset,
+                labels.dataset,
                 [self.supported_tms.get(name) for name in self.supported_tms.list()],
-                engine.seconds_per_chunk,
+                labels.seconds_per_chunk,
                 service.settings.tile_budget_s,
                 tiles_url,
                 urlencode(query),
@@ -393,11 +372,10 @@ class ClassTilerFactory(TilerFactory):
         @self.router.get("/info", response_model=ImageInfo, **self._route("getInfo"))
         async def info(url: str = Depends(self.path_dependency), read: ReadParams = Depends(read_params)) -> ImageInfo:
             """Return the grid of an image, the codebook, and what labelling all of it would cost."""
-            _, dataset, engine = await open_all(service, url, read)
+            _, labels = await open_all(service, url, read)
             known = self.supported_tms.list()
             tms = self._tms("WebMercatorQuad" if "WebMercatorQuad" in known else known[0])
-            zooms = zooms_of(service, engine, dataset, tms)
-            return image_info(dataset, engine, zooms)
+            return image_info(labels.dataset, labels.engine, zooms_of(service, labels, tms), labels.kept)
 
     def point(self) -> None:
         """Register /point."""
@@ -413,7 +391,8 @@ class ClassTilerFactory(TilerFactory):
             classes: int | None = Depends(classes_param),
         ) -> PointInfo:
             """Return the class of the patch at a place, how well it fits, and what else it is like."""
-            codebook, dataset, engine = await open_all(service, url, read)
+            codebook, labels = await open_all(service, url, read)
+            dataset = labels.dataset
             merged = await find_classes(service, codebook, classes)
             link = self._exemplar_link(request)
             x, y = project(WGS84, dataset.grid.crs, lon, lat)
@@ -423,7 +402,7 @@ class ClassTilerFactory(TilerFactory):
                 patch = PatchRange(row, row + 1, col, col + 1).intersect(dataset.footprint)
             if patch.empty:
                 return point_info(codebook, merged, (lon, lat), NODATA_LABEL, 0.0, link)
-            block = await engine.block_async(dataset, patch)
+            block = await labels.block_async(patch, service.working, timeout_s=service.settings.request_timeout_s)
             label, similarity = int(block.labels[0, 0]), float(block.similarity[0, 0])
             return await run(service.working, point_info, codebook, merged, (lon, lat), label, similarity, link)
 
@@ -447,11 +426,12 @@ class ClassTilerFactory(TilerFactory):
         ) -> Response:
             """Return the labels of a box, one pixel per patch."""
             crs = parse_crs(coord_crs)
-            _, dataset, engine = await open_all(service, url, read)
+            _, labels = await open_all(service, url, read)
+            dataset = labels.dataset
             area = await run(
                 service.working, area_of_bbox, (minx, miny, maxx, maxy), crs, dataset.grid, dataset.footprint
             )
-            return await run(service.exporting, export, service, engine, dataset, area, look, format)
+            return await run(service.exporting, export, service, labels, area, look, format)
 
         @self.router.post(
             "/feature.{format}", openapi_extra=_body("Feature"), **self._route("postFeature", _RASTER_ANSWER)
@@ -465,9 +445,9 @@ class ClassTilerFactory(TilerFactory):
         ) -> Response:
             """Return the labels of a polygon, one pixel per patch."""
             feature = read_feature(await request.body())
-            _, dataset, engine = await open_all(service, url, read)
-            area = await run(service.working, area_of_feature, feature, dataset)
-            return await run(service.exporting, export, service, engine, dataset, area, look, format)
+            _, labels = await open_all(service, url, read)
+            area = await run(service.working, area_of_feature, feature, labels.dataset)
+            return await run(service.exporting, export, service, labels, area, look, format)
 
     def statistics(self) -> None:
         """Register /statistics."""
@@ -484,9 +464,9 @@ class ClassTilerFactory(TilerFactory):
         ) -> Response:
             """Return the same features, each with the area of every class inside it."""
             given, features = read_geojson(await request.body())
-            codebook, dataset, engine = await open_all(service, url, read)
+            codebook, labels = await open_all(service, url, read)
             merged = await find_classes(service, codebook, classes)
-            answered = await run(service.exporting, statistics_of, service, engine, dataset, features, merged)
+            answered = await run(service.exporting, statistics_of, service, labels, features, merged)
             whole = {**given, "features": answered} if given["type"] == "FeatureCollection" else answered[0]
             # Written in ASCII: a text may hold half a surrogate pair, which UTF-8 does not have.
             return Response(json.dumps(whole, allow_nan=False), media_type="application/geo+json")

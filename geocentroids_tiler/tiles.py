@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from morecantile import Tile, TileMatrixSet
@@ -18,10 +19,12 @@ from geocentroids_tiler.codebook import Classes
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.grid import Bounds, Grid, PatchRange, bounds_holding, project, raster_points
 from geocentroids_tiler.labels.engine import LabelBlock
+from geocentroids_tiler.labels.kept import KeptBlock
 from geocentroids_tiler.render import (
     ImageFormat,
     Style,
-    average_colors,
+    average_samples,
+    cell_colors,
     encode_indexed,
     encode_rgba,
     palette_index,
@@ -29,10 +32,6 @@ from geocentroids_tiler.render import (
 )
 from geocentroids_tiler.source import Dataset, ReadOptions
 
-MAX_SAMPLES = 16
-"""Samples a side of a tile pixel at most, where it covers several patches."""
-MAX_SAMPLES_PX = 4096
-"""Samples a side of a tile at most; bounds the memory that a tile takes."""
 PLACE_TOLERANCE = 0.02
 """Pixel centres are placed on the ground to this share of a patch."""
 _ENTRY_OVERHEAD_BYTES = 1024
@@ -99,8 +98,11 @@ class TileView:
         pixels: the tile's pixels that may hold a part of the image, as rows and columns; no other has a patch.
         rows: patch row at each sample of ``pixels``, of shape (rows * samples, cols * samples), int64.
         cols: patch column, likewise.
-        samples: samples a side of a pixel: 1 where a pixel is at most as large as a patch.
-        patches: the patches that are inside the image, as a rectangle.
+        samples: samples a side of a pixel: 1 where a pixel is at most as large as a patch, else 2 to 4.
+        cell: patches a side of the squares whose colours are averaged before they are sampled: a power of two, 1
+            where a pixel covers less than 4 x 4 patches.
+        patches: the patches that are inside the image, as a rectangle; with larger cells of the whole cells, which
+            start at the first row and column of the image.
     """
 
     size_px: int
@@ -108,6 +110,7 @@ class TileView:
     rows: NDArray[np.int64]
     cols: NDArray[np.int64]
     samples: int
+    cell: int
     patches: PatchRange
 
 
@@ -141,7 +144,8 @@ def tile_view(tms: TileMatrixSet, tile: Tile, size_px: int, grid: Grid, footprin
         return None
     part = _bounds_of_pixels(pixels, bounds, size_px)
     pixel = _pixel_patches(part, pixels.shape, crs, grid)
-    samples = max(1, min(MAX_SAMPLES, math.ceil(pixel), MAX_SAMPLES_PX // max(pixels.shape)))
+    cell = 2 ** max(0, math.floor(math.log2(pixel / 2)))
+    samples = math.ceil(pixel / cell)
     shape = (pixels.shape[0] * samples, pixels.shape[1] * samples)
     x, y = raster_points(part, crs, shape, grid.crs, PLACE_TOLERANCE * grid.patch_m * max(1.0, pixel / samples))
     placed = np.isfinite(x) & np.isfinite(y)
@@ -150,12 +154,14 @@ def tile_view(tms: TileMatrixSet, tile: Tile, size_px: int, grid: Grid, footprin
     rows, cols = grid.patch_of(np.where(placed, x, 0), np.where(placed, y, 0))
     rows[~placed] = cols[~placed] = _NOWHERE
     covered = _covered(rows, cols, footprint)
-    return None if covered.empty else TileView(size_px, pixels, rows, cols, samples, covered)
+    if covered.empty:
+        return None
+    return TileView(size_px, pixels, rows, cols, samples, cell, _whole_cells(covered, cell, footprint))
 
 
 def draw_tile(
     view: TileView,
-    block: LabelBlock,
+    block: LabelBlock | KeptBlock,
     classes: Classes,
     style: Style,
     similarity_range: tuple[float, float],
@@ -168,7 +174,7 @@ def draw_tile(
 
     Args:
         view: patches under the pixels.
-        block: labels of ``view.patches``.
+        block: labels of ``view.patches``, of patches or of cells of at most ``view.cell`` patches a side.
         classes: classes of the labels.
         style: how they are drawn.
         similarity_range: similarities of the ends of the ramp.
@@ -177,14 +183,15 @@ def draw_tile(
     index, palette = palette_index(block.labels, block.similarity, classes, style, similarity_range)
     rows, cols = view.rows - block.patches.row_start, view.cols - block.patches.col_start
     nodata = len(palette) - 1
-    sampled = sample(index, rows, cols, nodata)
     at = view.pixels.within(PatchRange(0, view.size_px, 0, view.size_px))
     if view.samples == 1:
         picture = np.full((view.size_px, view.size_px), nodata, np.uint16)
-        picture[at] = sampled
+        picture[at] = sample(index, rows, cols, nodata)
         return encode_indexed(picture, palette, image_format)
+    factor = block.factor if isinstance(block, KeptBlock) else 1
+    colors = cell_colors(index, palette, view.cell // factor)
     rgba = np.zeros((view.size_px, view.size_px, 4), np.uint8)
-    rgba[at] = average_colors(sampled, palette, view.samples)
+    rgba[at] = average_samples(colors, rows // view.cell, cols // view.cell, view.samples)
     return encode_rgba(rgba, image_format)
 
 
@@ -194,7 +201,7 @@ def zoom_range(tms: TileMatrixSet, dataset: Dataset, seconds_per_chunk: float, b
     Args:
         tms: the TileMatrixSet.
         dataset: the dataset.
-        seconds_per_chunk: speed of the device.
+        seconds_per_chunk: speed of the device; 0 where labels are there already.
         budget_s: time that one tile may take.
 
     Returns:
@@ -206,7 +213,7 @@ def zoom_range(tms: TileMatrixSet, dataset: Dataset, seconds_per_chunk: float, b
     cell_m = _metres_per_unit(tms, dataset)
     maxzoom = next((z for z in levels if tms.matrix(z).cellSize * cell_m <= gsd_m * 1.01), tms.maxzoom)
     chunk_m = dataset.preprocess.stride_patches * dataset.grid.patch_m
-    affordable = budget_s / seconds_per_chunk
+    affordable = budget_s / seconds_per_chunk if seconds_per_chunk else math.inf
     for z in levels:
         matrix = tms.matrix(z)
         side_m = matrix.cellSize * cell_m * max(matrix.tileWidth, matrix.tileHeight)
@@ -217,7 +224,12 @@ def zoom_range(tms: TileMatrixSet, dataset: Dataset, seconds_per_chunk: float, b
 
 def tms_crs(tms: TileMatrixSet) -> CRS:
     """Return the CRS of a TileMatrixSet."""
-    return CRS.from_wkt(tms.rasterio_crs.to_wkt())
+    return _crs_of_wkt(tms.rasterio_crs.to_wkt())
+
+
+@lru_cache(maxsize=256)
+def _crs_of_wkt(wkt: str) -> CRS:
+    return CRS.from_wkt(wkt)
 
 
 def _metres_per_unit(tms: TileMatrixSet, dataset: Dataset) -> float:
@@ -262,6 +274,17 @@ def _covered(rows: NDArray[np.int64], cols: NDArray[np.int64], footprint: PatchR
         return PatchRange(0, 0, 0, 0)
     rows, cols = rows[inside], cols[inside]
     return PatchRange(int(rows.min()), int(rows.max()) + 1, int(cols.min()), int(cols.max()) + 1)
+
+
+def _whole_cells(patches: PatchRange, cell: int, footprint: PatchRange) -> PatchRange:
+    """Extend a rectangle of patches to whole cells, which start where the footprint does."""
+    top, left = footprint.row_start, footprint.col_start
+    return PatchRange(
+        top + (patches.row_start - top) // cell * cell,
+        top - (top - patches.row_stop) // cell * cell,
+        left + (patches.col_start - left) // cell * cell,
+        left - (left - patches.col_stop) // cell * cell,
+    )
 
 
 def _pixel_patches(bounds: Bounds, shape: tuple[int, int], crs: CRS, grid: Grid) -> float:

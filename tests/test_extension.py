@@ -236,6 +236,8 @@ class TestTheHostsOwnRoutes:
                 "/statistics",
                 "/legend",
                 "/exemplars/{label}.{format}",
+                "/jobs",
+                "/jobs/{job_id}",
             )
         }
 

@@ -437,17 +437,19 @@ class TestMosaic:
         around = [padded[i : i + len(picture), j : j + picture.shape[1]] for i in range(3) for j in range(3)]
         assert np.any([picture == other for other in around], axis=0).all()
 
-    @pytest.mark.parametrize(("size", "samples", "fine"), [(256, 2, 6), (128, 3, 16), (64, 5, 32)])
+    @pytest.mark.parametrize(("size", "samples", "fine"), [(256, 2, 6), (128, 3, 16), (64, None, 32)])
     def test_where_a_pixel_covers_several_patches_colours_average(
-        self, app: App, truth: Callable[..., Truth], size: int, samples: int, fine: int
+        self, app: App, truth: Callable[..., Truth], size: int, samples: int | None, fine: int
     ) -> None:
-        """Pixels of 3.9, 7.8 and 15.7 m: an average of one sample for each patch's width, rounded up."""
+        """Pixels of 3.9, 7.8 and 15.7 m: an average of one sample for each patch's width, or for each two."""
         t, z = truth(), 15
         (tile, *_) = tiles_over(t.area, z)
         picture = rgba(app.tile(z, tile.x, tile.y, tilesize=size)).astype(float)
         palette = np.vstack([np.column_stack([COLORS, np.full(K, 255)]), np.zeros(4)]).astype(float)
         shown = np.dstack([picture[..., :3] * picture[..., 3:] / 255, picture[..., 3]])  # as if drawn on black
         for n, limit in ((samples, SAMPLED_LEVELS), (fine, AVERAGE_LEVELS)):
+            if n is None:
+                continue
             rows, cols, _ = patches_of_tile("WebMercatorQuad", z, tile.x, tile.y, size * n)
             expected = palette[np.minimum(t.at(rows, cols), K)].reshape(size, n, size, n, 4).mean(axis=(1, 3))
             touched = (expected[..., 3] > 0) | (picture[..., 3] > 0)
@@ -911,7 +913,7 @@ class TestErrors:
 
     def test_a_source_that_fails_is_asked_again(self, start: Callable[..., App], images: Path) -> None:
         with serve() as httpd:
-            app, url = start(), f"{httpd.url}/a.tif"
+            app, url = start(failure_ttl_s=0), f"{httpd.url}/a.tif"
             refused = app.get(f"{API}/info", 404, url=url)
             assert refused.headers["cache-control"] == "no-store"
             httpd.files["/a.tif"] = Served((images / "whole.tif").read_bytes())
@@ -1174,15 +1176,15 @@ class TestClassify:
         app = start()
         engine = app.service.engine(app.service.codebook(None)).result()
         asked: list[Any] = []
-        most, ask = 0, engine.chunk
+        most, ask = 0, engine.claim
 
         def counted(*args: Any) -> Any:
             nonlocal most
             asked.append(ask(*args))
-            most = max(most, sum(not future.done() for future in asked))
+            most = max(most, sum(not claim.future.done() for claim in asked))
             return asked[-1]
 
-        monkeypatch.setattr(engine, "chunk", counted)
+        monkeypatch.setattr(engine, "claim", counted)
         classified(app, tmp_path, "whole.tif")
         assert len(asked) == 110
         assert 1 <= most <= 7
@@ -1250,22 +1252,39 @@ class TestAround:
             assert len({family.name for family in families}) == len(families)
             assert all(family.documentation for family in families)
             return {
-                (sample.name, sample.labels.get("codebook", "")): sample.value
+                (sample.name, sample.labels.get("codebook") or sample.labels.get("cache") or ""): sample.value
                 for family in families
                 for sample in family.samples
+                if not sample.name.endswith(("_bucket", "_created"))
             }
 
         before = read()
-        assert before == {("geocentroids_label_cache_bytes", ""): 0}
-        app.get(bbox_path(truth().area), coord_crs=GRID_CRS)
+        assert not any(value for (name, _), value in before.items() if name != "geocentroids_requests_total")
+        assert not any(codebook == "blend" for _, codebook in before)
+        t = truth()
+        (tile, *_) = tiles_over(t.area, 18)
+        for _ in range(3):
+            app.tile(18, tile.x, tile.y)
+        app.get(bbox_path(t.area), coord_crs=GRID_CRS)
         after = read()
-        assert after["geocentroids_label_cache_bytes", ""] == app.service.store.nbytes > 0
+        assert after["geocentroids_cache_bytes", "labels"] == app.service.store.nbytes > 0
+        assert after["geocentroids_cache_bytes", "tiles"] > 0
+        assert after["geocentroids_cache_hits_total", "tiles"] == 2
+        assert after["geocentroids_cache_misses_total", "tiles"] == 1
         encoder = app.loader.made["blend"]
         measured = 3 * encoder.batch_windows
-        assert after["geocentroids_windows_encoded_total", "blend"] == sum(encoder.runs) - measured
-        assert after["geocentroids_windows_to_read", "blend"] == 0
-        assert after["geocentroids_device_queue", "blend"] == 0
+        encoded = sum(encoder.runs) - measured
+        assert after["geocentroids_windows_encoded_total", "blend"] == encoded
+        assert after["geocentroids_batch_windows_sum", ""] == encoded
+        assert after["geocentroids_encode_seconds_count", ""] == len(encoder.runs) - 3
+        assert after["geocentroids_windows_read_total", ""] >= encoded
+        assert after["geocentroids_render_seconds_count", ""] == 1
+        for name in ("read", "encode", "assign", "render"):
+            assert after[f"geocentroids_{name}_seconds_sum", ""] > 0
+        for name in ("windows_to_read", "windows_waiting", "device_queue", "windows_given_up_total"):
+            assert after[f"geocentroids_{name}", "blend"] == 0
         assert 0 < after["geocentroids_seconds_per_chunk", "blend"] < 10
+        assert after["geocentroids_requests_total", ""] == 5, "of status 200"
 
     def test_codebooks(self, app: App) -> None:
         listed = {item["name"]: item for item in app.client.get("/geocentroids/codebooks").json()["codebooks"]}
