@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -290,13 +290,66 @@ def project(source: CRS, target: CRS, x: ArrayLike, y: ArrayLike) -> tuple[NDArr
     return np.asarray(px), np.asarray(py)
 
 
+@dataclass(frozen=True)
+class RasterMesh:
+    """Where the pixel centres of a raster lie in another CRS, exactly at some, to be interpolated between them.
+
+    Attributes:
+        x: at (n + 1) x (n + 1) places in equal steps from the first pixel's centre to the last one's.
+        y: likewise.
+        shape: rows and columns of the raster.
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    shape: tuple[int, int]
+
+    def spread(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Interpolate values given at the places of the mesh to all pixel centres: of shape ``shape``."""
+        n = len(values) - 1
+        (row, fv), (col, fu) = (_steps(count, n) for count in self.shape)
+        fu, fv = fu.astype(values.dtype), fv.astype(values.dtype)
+        left, right = values[:, col], values[:, col + 1]
+        across = left + (right - left) * fu  # (n + 1, columns)
+        below: NDArray[Any] = (across[1:] - across[:-1])[row]
+        below *= fv[:, None]
+        below += across[row]
+        return below
+
+
+def raster_mesh(bounds: Bounds, crs: CRS, shape: tuple[int, int], target: CRS, tolerance: float) -> RasterMesh | None:
+    """Return where the pixel centres of a raster lie in another CRS, to be interpolated within a tolerance.
+
+    The mesh is made finer until the error halfway between its places, where it is largest, is within the tolerance.
+
+    Args:
+        bounds: of the raster, in ``crs``.
+        crs: CRS of the raster, x first.
+        shape: rows and columns of the raster.
+        target: CRS of the answer.
+        tolerance: largest error allowed, in units of ``target``.
+
+    Returns:
+        The mesh, or None where it would have to be as fine as the raster, or some pixel has no place in ``target``.
+    """
+    cells = 8
+    while cells * 2 <= min(shape):
+        # Edges of the cells as well as their middles: between two conformal systems coordinates are harmonic, so
+        # what is too much along a row is too little along a column, and at the middle of a cell the two cancel.
+        fx, fy = _exact(bounds, crs, shape, target, np.linspace(0, 1, 2 * cells + 1))
+        if not (np.isfinite(fx).all() and np.isfinite(fy).all()):
+            return None
+        finer = RasterMesh(fx[::2, ::2], fy[::2, ::2], fx.shape)
+        if np.hypot(finer.spread(finer.x) - fx, finer.spread(finer.y) - fy).max() <= tolerance:
+            return RasterMesh(finer.x, finer.y, shape)
+        cells *= 2
+    return None
+
+
 def raster_points(
     bounds: Bounds, crs: CRS, shape: tuple[int, int], target: CRS, tolerance: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return where the pixel centres of a raster lie in another CRS.
-
-    Coordinates are transformed at control points and interpolated between them; the mesh is made finer until the
-    error halfway between them, where it is largest, is within the tolerance.
 
     Args:
         bounds: of the raster, in ``crs``.
@@ -308,29 +361,29 @@ def raster_points(
     Returns:
         x and y of shape ``shape``; infinite or NaN where a pixel has no place in ``target``.
     """
+    mesh = raster_mesh(bounds, crs, shape, target, tolerance)
+    return _exact(bounds, crs, shape, target) if mesh is None else (mesh.spread(mesh.x), mesh.spread(mesh.y))
+
+
+def _exact(
+    bounds: Bounds, crs: CRS, shape: tuple[int, int], target: CRS, steps: NDArray[np.float64] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Transform a raster's pixel centres, or places among them: 0 is the first pixel's centre, 1 the last one's."""
     left, bottom, right, top = bounds
-    rows, cols = shape
-    u = (np.arange(cols) + 0.5) / cols
-    v = (np.arange(rows) + 0.5) / rows
+    places = []
+    for count in shape:
+        at = np.linspace(0, 1, count) if steps is None else steps
+        places.append((0.5 + at * (count - 1)) / count)
+    v, u = places
+    uu, vv = np.meshgrid(u, v)
+    return project(crs, target, left + uu * (right - left), top + vv * (bottom - top))
 
-    def exact(u: NDArray[np.float64], v: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        uu, vv = np.meshgrid(u, v)
-        return project(crs, target, left + uu * (right - left), top + vv * (bottom - top))
 
-    cells = 8
-    while cells * 2 <= min(rows, cols):
-        # Edges of the cells as well as their middles: between two conformal systems coordinates are harmonic, so
-        # what is too much along a row is too little along a column, and at the middle of a cell the two cancel.
-        finer = np.linspace(0, 1, 2 * cells + 1)
-        fx, fy = exact(finer, finer)
-        x, y = fx[::2, ::2], fy[::2, ::2]
-        if not (np.isfinite(fx).all() and np.isfinite(fy).all()):
-            break
-        error = np.hypot(_bilinear(x, finer, finer) - fx, _bilinear(y, finer, finer) - fy)
-        if error.max() <= tolerance:
-            return _bilinear(x, u, v), _bilinear(y, u, v)
-        cells *= 2
-    return exact(u, v)
+def _steps(count: int, n: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return for ``count`` equal steps over a line the cell of n that each is in, and how far into it."""
+    at = np.linspace(0, n, count)
+    cell = np.minimum(at.astype(np.intp), n - 1)
+    return cell, at - cell
 
 
 def wrap_longitude(lon: float) -> float:
@@ -358,17 +411,6 @@ def parse_crs(text: str) -> CRS:
             "geographic or projected CRS, for example EPSG:32721"
         )
     return horizontal(crs)
-
-
-def _bilinear(mesh: NDArray[np.float64], u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Interpolate values on a regular mesh over the unit square at columns ``u`` and rows ``v``: (len(v), len(u))."""
-    n = len(mesh) - 1
-    col = np.minimum((u * n).astype(np.int64), n - 1)
-    row = np.minimum((v * n).astype(np.int64), n - 1)
-    fu, fv = u * n - col, (v * n - row)[:, None]
-    across = mesh[:, col] * (1 - fu) + mesh[:, col + 1] * fu  # (n + 1, len(u))
-    result: NDArray[np.float64] = across[row] * (1 - fv) + across[row + 1] * fv
-    return result
 
 
 @lru_cache(maxsize=256)

@@ -89,7 +89,7 @@ def palette_index(
 
 
 def sample(
-    index: NDArray[np.uint16], rows: NDArray[np.int64], cols: NDArray[np.int64], nodata: int
+    index: NDArray[np.uint16], rows: NDArray[np.int32], cols: NDArray[np.int32], nodata: int
 ) -> NDArray[np.uint16]:
     """Look up a block at places, which may lie outside of it.
 
@@ -154,7 +154,7 @@ def cell_colors(index: NDArray[np.uint16], palette: NDArray[np.uint8], factor: i
 
 
 def average_samples(
-    colors: NDArray[np.uint8], rows: NDArray[np.int64], cols: NDArray[np.int64], samples: int
+    colors: NDArray[np.uint8], rows: NDArray[np.int32], cols: NDArray[np.int32], samples: int
 ) -> NDArray[np.uint8]:
     """Average the colours of cells under each pixel.
 

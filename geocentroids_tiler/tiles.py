@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from morecantile import Tile, TileMatrixSet
@@ -17,7 +17,16 @@ from geocentroids_tiler import __version__
 from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Classes
 from geocentroids_tiler.errors import InputError
-from geocentroids_tiler.grid import Bounds, Grid, PatchRange, bounds_holding, project, raster_points
+from geocentroids_tiler.grid import (
+    Bounds,
+    Grid,
+    PatchRange,
+    RasterMesh,
+    bounds_holding,
+    project,
+    raster_mesh,
+    raster_points,
+)
 from geocentroids_tiler.labels.engine import LabelBlock
 from geocentroids_tiler.labels.kept import KeptBlock
 from geocentroids_tiler.render import (
@@ -36,7 +45,7 @@ PLACE_TOLERANCE = 0.02
 """Pixel centres are placed on the ground to this share of a patch."""
 _ENTRY_OVERHEAD_BYTES = 1024
 """Python objects around one cached tile, roughly."""
-_NOWHERE = -(2**40)
+_NOWHERE = -(2.0**30)
 """Row and column of a pixel without a place in the grid's CRS."""
 
 
@@ -96,22 +105,33 @@ class TileView:
     Attributes:
         size_px: pixels a side of the tile.
         pixels: the tile's pixels that may hold a part of the image, as rows and columns; no other has a patch.
-        rows: patch row at each sample of ``pixels``, of shape (rows * samples, cols * samples), int64.
-        cols: patch column, likewise.
         samples: samples a side of a pixel: 1 where a pixel is at most as large as a patch, else 2 to 4.
         cell: patches a side of the squares whose colours are averaged before they are sampled: a power of two, 1
             where a pixel covers less than 4 x 4 patches.
-        patches: the patches that are inside the image, as a rectangle; with larger cells of the whole cells, which
-            start at the first row and column of the image.
+        patches: a rectangle that holds the patches under the pixels, as far as they are inside the image; with larger
+            cells of the whole cells, which start at the first row and column of the image.
+        mesh: where the samples are, in patches from the start of ``patches``: y for rows, x for columns; where that
+            cannot be interpolated, as fine as the samples.
     """
 
     size_px: int
     pixels: PatchRange
-    rows: NDArray[np.int64]
-    cols: NDArray[np.int64]
     samples: int
     cell: int
     patches: PatchRange
+    mesh: RasterMesh
+
+    @cached_property
+    def places(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Row and column of each sample's patch, from the start of ``patches``.
+
+        Of shape (rows * samples, cols * samples) of ``pixels``, int32; outside of the rectangle where a sample is.
+        """
+        rows, cols = (
+            part if part.shape == self.mesh.shape else self.mesh.spread(part.astype(np.float32))
+            for part in (self.mesh.y, self.mesh.x)
+        )
+        return np.floor(rows).astype(np.int32), np.floor(cols).astype(np.int32)
 
 
 def check_zoom(tms: TileMatrixSet, z: int) -> None:
@@ -147,16 +167,27 @@ def tile_view(tms: TileMatrixSet, tile: Tile, size_px: int, grid: Grid, footprin
     cell = 2 ** max(0, math.floor(math.log2(pixel / 2)))
     samples = math.ceil(pixel / cell)
     shape = (pixels.shape[0] * samples, pixels.shape[1] * samples)
-    x, y = raster_points(part, crs, shape, grid.crs, PLACE_TOLERANCE * grid.patch_m * max(1.0, pixel / samples))
+    tolerance = PLACE_TOLERANCE * grid.patch_m * max(1.0, pixel / samples)
+    mesh = raster_mesh(part, crs, shape, grid.crs, tolerance)
+    if mesh is None:
+        mesh = RasterMesh(*raster_points(part, crs, shape, grid.crs, tolerance), shape)
+    x, y = mesh.x / grid.patch_m, -mesh.y / grid.patch_m
     placed = np.isfinite(x) & np.isfinite(y)
     if not placed.any():
         return None
-    rows, cols = grid.patch_of(np.where(placed, x, 0), np.where(placed, y, 0))
-    rows[~placed] = cols[~placed] = _NOWHERE
-    covered = _covered(rows, cols, footprint)
+    covered = PatchRange(
+        math.floor(y[placed].min()),
+        math.floor(y[placed].max()) + 1,
+        math.floor(x[placed].min()),
+        math.floor(x[placed].max()) + 1,
+    ).intersect(footprint)
     if covered.empty:
         return None
-    return TileView(size_px, pixels, rows, cols, samples, cell, _whole_cells(covered, cell, footprint))
+    patches = _whole_cells(covered, cell, footprint)
+    # In patches from the rectangle's start numbers are small enough for float32.
+    rows = np.where(placed, y - patches.row_start, _NOWHERE).clip(_NOWHERE, -_NOWHERE)
+    cols = np.where(placed, x - patches.col_start, _NOWHERE).clip(_NOWHERE, -_NOWHERE)
+    return TileView(size_px, pixels, samples, cell, patches, RasterMesh(cols, rows, shape))
 
 
 def draw_tile(
@@ -181,7 +212,7 @@ def draw_tile(
         image_format: png or webp.
     """
     index, palette = palette_index(block.labels, block.similarity, classes, style, similarity_range)
-    rows, cols = view.rows - block.patches.row_start, view.cols - block.patches.col_start
+    rows, cols = view.places
     nodata = len(palette) - 1
     at = view.pixels.within(PatchRange(0, view.size_px, 0, view.size_px))
     if view.samples == 1:
@@ -264,16 +295,6 @@ def _bounds_of_pixels(pixels: PatchRange, tile: Bounds, size_px: int) -> Bounds:
         left + pixels.col_stop * width,
         top - pixels.row_start * height,
     )
-
-
-def _covered(rows: NDArray[np.int64], cols: NDArray[np.int64], footprint: PatchRange) -> PatchRange:
-    """Return the smallest rectangle that holds those of the patches that are in ``footprint``."""
-    inside = (rows >= footprint.row_start) & (rows < footprint.row_stop)
-    inside &= (cols >= footprint.col_start) & (cols < footprint.col_stop)
-    if not inside.any():
-        return PatchRange(0, 0, 0, 0)
-    rows, cols = rows[inside], cols[inside]
-    return PatchRange(int(rows.min()), int(rows.max()) + 1, int(cols.min()), int(cols.max()) + 1)
 
 
 def _whole_cells(patches: PatchRange, cell: int, footprint: PatchRange) -> PatchRange:

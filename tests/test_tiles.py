@@ -83,11 +83,17 @@ def exact_places(
     return -gy / grid.patch_m, gx / grid.patch_m
 
 
+def places_of(view: TileView) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the patch rows and columns at the samples of a view."""
+    rows, cols = view.places
+    return rows.astype(np.int64) + view.patches.row_start, cols.astype(np.int64) + view.patches.col_start
+
+
 def whole(view: TileView) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return rows and columns of a view at all samples of the tile; -2**40 where the view has no pixel."""
     n, s = view.size_px, view.samples
     found = []
-    for part in (view.rows, view.cols):
+    for part in places_of(view):
         full = np.full((n * s, n * s), -(2**40))
         pixels = view.pixels
         full[pixels.row_start * s : pixels.row_stop * s, pixels.col_start * s : pixels.col_stop * s] = part
@@ -182,13 +188,14 @@ class TestPlace:
         if view is None:
             assert 40_075_017 * 0.61 / 2**zoom / 512 / 2 > 1400
             return
-        assert view.rows.size <= 4 * 400 * 400 * 4
+        view_rows, view_cols = places_of(view)
+        assert view_rows.size <= 4 * 400 * 400 * 4
         assert (view.samples > 1) == (zoom < 15)
         assert not view.patches.empty
         rows, cols = exact_places_of(view, MERCATOR, MERCATOR.tile(*place, zoom), grid)
         pixel = 40_075_017 / 2**zoom / 512 / 3.5 / view.samples  # a sample's side in patches, at most
-        assert np.abs(view.rows - np.floor(rows)).max() <= max(1, 0.1 * pixel)
-        assert np.abs(view.cols - np.floor(cols)).max() <= max(1, 0.1 * pixel)
+        assert np.abs(view_rows - np.floor(rows)).max() <= max(1, 0.1 * pixel)
+        assert np.abs(view_cols - np.floor(cols)).max() <= max(1, 0.1 * pixel)
 
     def test_across_the_antimeridian(self) -> None:
         grid = Grid(CRS.from_epsg(32701), 3.5)
@@ -213,7 +220,8 @@ class TestPlace:
         for x, y in itertools.product(range(middle.x - 4, middle.x + 5), range(middle.y - 4, middle.y + 5)):
             view = tile_view(MERCATOR, Tile(x, y, 18), 256, grid, footprint)
             if view is not None:
-                rows, cols = view.rows - footprint.row_start, view.cols - footprint.col_start
+                view_rows, view_cols = places_of(view)
+                rows, cols = view_rows - footprint.row_start, view_cols - footprint.col_start
                 inside = (rows >= 0) & (rows < 120) & (cols >= 0) & (cols < 120)
                 seen[rows[inside], cols[inside]] = True
         assert seen.all()
