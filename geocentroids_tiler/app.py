@@ -154,7 +154,8 @@ def _health_router(service: Service) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return Prometheus metrics."""
-        return Response(exposition(service), media_type="text/plain; version=0.0.4; charset=utf-8", headers=headers)
+        content = await run(service.working, exposition, service)
+        return Response(content, media_type="text/plain; version=0.0.4; charset=utf-8", headers=headers)
 
     return router
 

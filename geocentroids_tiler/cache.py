@@ -38,6 +38,11 @@ class ByteCache(Generic[K, V]):
                 self.hits += 1
             return value
 
+    def peek(self, key: K) -> V | None:
+        """Return the value of a key as ``get`` does, without counting it."""
+        with self._lock:
+            return self._cache.get(key)
+
     def put(self, key: K, value: V) -> None:
         """Keep a value, unless it is larger than the whole cache."""
         with self._lock:

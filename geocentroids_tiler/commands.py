@@ -8,6 +8,7 @@ import math
 import os
 import socket
 import threading
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,13 +289,13 @@ def _label_ahead(service: Service, url: str) -> None:
     from geocentroids_tiler.source import ReadOptions
 
     codebook = service.codebook(None)
-    engine = service.engine(codebook).result()
-    dataset = service.dataset(url, ReadOptions(), codebook).result()
-    stride = engine.layout.stride_patches
-    chunks = dataset.footprint.chunk_range(stride)
-    middle = (chunks.row_start + chunks.row_stop) / 2, (chunks.col_start + chunks.col_stop) / 2
-    outwards = sorted(dataset.footprint.chunks(stride), key=lambda chunk: math.dist(chunk, middle))
-    with suppress(EncoderError):  # the server is shutting down
+    with suppress(EncoderError, CancelledError):  # the server is shutting down
+        engine = service.engine(codebook).result()
+        dataset = service.dataset(url, ReadOptions(), codebook).result()
+        stride = engine.layout.stride_patches
+        chunks = dataset.footprint.chunk_range(stride)
+        middle = (chunks.row_start + chunks.row_stop) / 2, (chunks.col_start + chunks.col_stop) / 2
+        outwards = sorted(dataset.footprint.chunks(stride), key=lambda chunk: math.dist(chunk, middle))
         for _, labels in engine.ahead(dataset, outwards):
             labels.result()
 

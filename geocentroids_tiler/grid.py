@@ -336,7 +336,7 @@ def raster_mesh(bounds: Bounds, crs: CRS, shape: tuple[int, int], target: CRS, t
     while cells * 2 <= min(shape):
         # Edges of the cells as well as their middles: between two conformal systems coordinates are harmonic, so
         # what is too much along a row is too little along a column, and at the middle of a cell the two cancel.
-        fx, fy = _exact(bounds, crs, shape, target, np.linspace(0, 1, 2 * cells + 1))
+        fx, fy = exact_points(bounds, crs, shape, target, np.linspace(0, 1, 2 * cells + 1))
         if not (np.isfinite(fx).all() and np.isfinite(fy).all()):
             return None
         finer = RasterMesh(fx[::2, ::2], fy[::2, ::2], fx.shape)
@@ -362,13 +362,24 @@ def raster_points(
         x and y of shape ``shape``; infinite or NaN where a pixel has no place in ``target``.
     """
     mesh = raster_mesh(bounds, crs, shape, target, tolerance)
-    return _exact(bounds, crs, shape, target) if mesh is None else (mesh.spread(mesh.x), mesh.spread(mesh.y))
+    return exact_points(bounds, crs, shape, target) if mesh is None else (mesh.spread(mesh.x), mesh.spread(mesh.y))
 
 
-def _exact(
+def exact_points(
     bounds: Bounds, crs: CRS, shape: tuple[int, int], target: CRS, steps: NDArray[np.float64] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Transform a raster's pixel centres, or places among them: 0 is the first pixel's centre, 1 the last one's."""
+    """Transform a raster's pixel centres one by one.
+
+    Args:
+        bounds: of the raster, in ``crs``.
+        crs: CRS of the raster, x first.
+        shape: rows and columns of the raster.
+        target: CRS of the answer.
+        steps: places along rows and columns in place of all pixels: 0 is the first pixel's centre, 1 the last one's.
+
+    Returns:
+        x and y; infinite or NaN where there is no place in ``target``.
+    """
     left, bottom, right, top = bounds
     places = []
     for count in shape:

@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any, Literal, TypeVar
 
@@ -37,6 +39,8 @@ T = TypeVar("T")
 
 RasterFormat = Literal["tif", "png"]
 ExemplarFormat = Literal["webp", "json"]
+CLIENT_GONE = 499
+"""Status in the access log of a request whose client went away; nobody receives it."""
 REASON_HEADER = "X-Geocentroids-Empty"
 """Says why a tile is transparent: ``outside`` the image, or ``below-minzoom N``."""
 EMPTY_CACHE_CONTROL = "public, max-age=60"
@@ -87,7 +91,9 @@ async def find_classes(service: Service, codebook: Codebook, n: int | None) -> C
 async def find_dataset(service: Service, url: str, read: ReadParams, codebook: Codebook) -> Dataset:
     """Return the dataset of a request."""
     known = service.known_dataset(url, read.options, codebook)
-    return known if known is not None else await asyncio.wrap_future(service.dataset(url, read.options, codebook))
+    if known is None:  # in a thread: a local file's folder may be far away
+        known = await asyncio.wrap_future(await run(service.working, service.dataset, url, read.options, codebook))
+    return known
 
 
 async def find_engine(service: Service, codebook: Codebook) -> LabelEngine:
@@ -108,6 +114,51 @@ async def open_all(service: Service, url: str, read: ReadParams) -> tuple[Codebo
     codebook = await find_codebook(service, read)
     dataset = await find_dataset(service, url, read, codebook)
     return codebook, await find_labels(service, dataset, codebook)
+
+
+async def run_export(service: Service, request: Request, function: Callable[..., T], *args: Any) -> T:
+    """Run a long piece of work in the threads for exports, until its client goes away.
+
+    Args:
+        service: shared state.
+        request: whose client waits.
+        function: what to run.
+        *args: its arguments, but for the last: what tells whether the client has gone or the server ends.
+    """
+    left = threading.Event()
+
+    def gone() -> bool:
+        return left.is_set() or service.closing.is_set()
+
+    try:
+        done = await while_connected(request, run(service.exporting, function, *args, gone))
+    finally:
+        left.set()
+    if done is None:
+        service.meters.cancelled.inc()
+        raise HTTPException(CLIENT_GONE, "the client has gone")
+    return done
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """Return the result of ``work``, or None if the client goes away before it is there; then the work is cancelled."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return None
+    finally:
+        for future in (task, gone):
+            future.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def zooms_of(service: Service, labels: DatasetLabels, tms: TileMatrixSet) -> tuple[int, int]:
@@ -171,7 +222,12 @@ def area_of_feature(feature: Mapping[str, Any], dataset: Dataset) -> Area:
 
 
 def export(
-    service: Service, labels: DatasetLabels, area: Area, look: StyleParams, raster_format: RasterFormat
+    service: Service,
+    labels: DatasetLabels,
+    area: Area,
+    look: StyleParams,
+    raster_format: RasterFormat,
+    gone: Callable[[], bool],
 ) -> Response:
     """Return the labels of an area as a file, one pixel per patch.
 
@@ -184,7 +240,7 @@ def export(
     style = look.style(codebook)
     classes = service.classes(codebook, look.classes)
     _check_cost(service, labels.engine, [area])
-    block = labels.block(area.patches, service.settings.export_timeout_s)
+    block = labels.block(area.patches, service.settings.export_timeout_s, gone)
     inside = np.where(area.inside, block.labels, np.uint16(NODATA_LABEL))
     if raster_format == "tif":
         content = label_geotiff(classes.of_labels(inside), area.patches, labels.dataset.grid, codebook, classes)
@@ -198,20 +254,28 @@ def export(
 
 
 def statistics_of(
-    service: Service, labels: DatasetLabels, features: Sequence[dict[str, Any]], classes: Classes
+    service: Service,
+    labels: DatasetLabels,
+    features: Sequence[dict[str, Any]],
+    classes: Classes,
+    gone: Callable[[], bool],
 ) -> list[dict[str, Any]]:
     """Return features with the area of every class inside each.
 
     Raises:
         InputError: if one is not a polygon, or all together hold too many patches.
     """
-    areas = [area_of_feature(feature, labels.dataset) for feature in features]
-    _check_cost(service, labels.engine, areas)
-    patch_area_m2, timeout_s = labels.dataset.grid.patch_area_m2, service.settings.export_timeout_s
-    return [
-        with_statistics(feature, area_statistics(labels.block(area.patches, timeout_s), area, classes, patch_area_m2))
-        for feature, area in zip(features, areas, strict=True)
-    ]
+    deadline_s = time.monotonic() + service.settings.export_timeout_s
+    areas: list[Area] = []
+    for feature in features:
+        areas.append(area_of_feature(feature, labels.dataset))
+        _check_cost(service, labels.engine, areas)  # as they come: each takes memory
+    patch_area_m2 = labels.dataset.grid.patch_area_m2
+    answered = []
+    for feature, area in zip(features, areas, strict=True):
+        block = labels.block(area.patches, max(0.0, deadline_s - time.monotonic()), gone)
+        answered.append(with_statistics(feature, area_statistics(block, area, classes, patch_area_m2)))
+    return answered
 
 
 def exemplar(

@@ -68,7 +68,8 @@ class HotTiles:
 class HotTilesMiddleware:
     """Answers requests for tiles that ``hot`` knows; all others go on to the application.
 
-    It stands before all dependencies of routes: use it only where none of them decides who may see a tile.
+    It stands before all dependencies of routes: use it only where none of them decides who may see a tile, and where
+    path and query alone decide which tile it is. Add it before what adds headers, as ``CORSMiddleware`` does.
     """
 
     def __init__(self, app: ASGIApp, hot: HotTiles) -> None:

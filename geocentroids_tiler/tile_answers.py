@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Coroutine, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi.responses import Response
 from morecantile import Tile, TileMatrixSet
@@ -14,7 +13,7 @@ from starlette.requests import Request
 
 from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Classes, Codebook
-from geocentroids_tiler.handlers import empty_tile, find_labels, run, zooms_of
+from geocentroids_tiler.handlers import CLIENT_GONE, empty_tile, find_labels, run, while_connected, zooms_of
 from geocentroids_tiler.hot import HotTiles
 from geocentroids_tiler.labels.batching import Rank
 from geocentroids_tiler.labels.meters import timed
@@ -24,11 +23,7 @@ from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat, Style
 from geocentroids_tiler.source import Dataset
 from geocentroids_tiler.tiles import TileCache, TileKey, TileView, draw_tile, tile_view
 
-T = TypeVar("T")
-
 MAX_MINZOOMS = 1024
-CLIENT_GONE = 499
-"""Status in the access log of a request whose client went away; nobody receives it."""
 
 
 @dataclass(frozen=True)
@@ -183,24 +178,3 @@ class TileAnswers:
         with timed(self._service.meters.render_seconds):
             similarity_range = wanted.codebook.similarity_range()
             return draw_tile(view, block, wanted.classes, wanted.style, similarity_range, wanted.image_format)
-
-
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """Return the result of ``work``, or None if the client goes away before it is there; then the work is cancelled."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_until_gone(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        task.cancel()
-        await asyncio.wait({task})
-        return None
-    finally:
-        for future in (task, gone):
-            future.cancel()
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

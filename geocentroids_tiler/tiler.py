@@ -26,6 +26,7 @@ from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.grid import WGS84, PatchRange, parse_crs, project
 from geocentroids_tiler.handlers import (
+    CLIENT_GONE,
     ExemplarFormat,
     NoStoreRoute,
     RasterFormat,
@@ -39,7 +40,9 @@ from geocentroids_tiler.handlers import (
     read_feature,
     read_geojson,
     run,
+    run_export,
     statistics_of,
+    while_connected,
     zooms_of,
 )
 from geocentroids_tiler.hot import HotTiles
@@ -402,7 +405,11 @@ class ClassTilerFactory(TilerFactory):
                 patch = PatchRange(row, row + 1, col, col + 1).intersect(dataset.footprint)
             if patch.empty:
                 return point_info(codebook, merged, (lon, lat), NODATA_LABEL, 0.0, link)
-            block = await labels.block_async(patch, service.working, timeout_s=service.settings.request_timeout_s)
+            timeout_s = service.settings.request_timeout_s
+            block = await while_connected(request, labels.block_async(patch, service.working, timeout_s=timeout_s))
+            if block is None:
+                service.meters.cancelled.inc()
+                raise HTTPException(CLIENT_GONE, "the client has gone")
             label, similarity = int(block.labels[0, 0]), float(block.similarity[0, 0])
             return await run(service.working, point_info, codebook, merged, (lon, lat), label, similarity, link)
 
@@ -412,6 +419,7 @@ class ClassTilerFactory(TilerFactory):
 
         @self.router.get("/bbox/{minx},{miny},{maxx},{maxy}.{format}", **self._route("getBbox", _RASTER_ANSWER))
         async def bbox_image(
+            request: Request,
             minx: Annotated[float, Path()],
             miny: Annotated[float, Path()],
             maxx: Annotated[float, Path()],
@@ -431,7 +439,7 @@ class ClassTilerFactory(TilerFactory):
             area = await run(
                 service.working, area_of_bbox, (minx, miny, maxx, maxy), crs, dataset.grid, dataset.footprint
             )
-            return await run(service.exporting, export, service, labels, area, look, format)
+            return await run_export(service, request, export, service, labels, area, look, format)
 
         @self.router.post(
             "/feature.{format}", openapi_extra=_body("Feature"), **self._route("postFeature", _RASTER_ANSWER)
@@ -447,7 +455,7 @@ class ClassTilerFactory(TilerFactory):
             feature = read_feature(await request.body())
             _, labels = await open_all(service, url, read)
             area = await run(service.working, area_of_feature, feature, labels.dataset)
-            return await run(service.exporting, export, service, labels, area, look, format)
+            return await run_export(service, request, export, service, labels, area, look, format)
 
     def statistics(self) -> None:
         """Register /statistics."""
@@ -466,7 +474,7 @@ class ClassTilerFactory(TilerFactory):
             given, features = read_geojson(await request.body())
             codebook, labels = await open_all(service, url, read)
             merged = await find_classes(service, codebook, classes)
-            answered = await run(service.exporting, statistics_of, service, labels, features, merged)
+            answered = await run_export(service, request, statistics_of, service, labels, features, merged)
             whole = {**given, "features": answered} if given["type"] == "FeatureCollection" else answered[0]
             # Written in ASCII: a text may hold half a surrogate pair, which UTF-8 does not have.
             return Response(json.dumps(whole, allow_nan=False), media_type="application/geo+json")

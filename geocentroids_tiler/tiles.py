@@ -23,9 +23,9 @@ from geocentroids_tiler.grid import (
     PatchRange,
     RasterMesh,
     bounds_holding,
+    exact_points,
     project,
     raster_mesh,
-    raster_points,
 )
 from geocentroids_tiler.labels.engine import LabelBlock
 from geocentroids_tiler.labels.kept import KeptBlock
@@ -170,7 +170,7 @@ def tile_view(tms: TileMatrixSet, tile: Tile, size_px: int, grid: Grid, footprin
     tolerance = PLACE_TOLERANCE * grid.patch_m * max(1.0, pixel / samples)
     mesh = raster_mesh(part, crs, shape, grid.crs, tolerance)
     if mesh is None:
-        mesh = RasterMesh(*raster_points(part, crs, shape, grid.crs, tolerance), shape)
+        mesh = RasterMesh(*exact_points(part, crs, shape, grid.crs), shape)
     x, y = mesh.x / grid.patch_m, -mesh.y / grid.patch_m
     placed = np.isfinite(x) & np.isfinite(y)
     if not placed.any():

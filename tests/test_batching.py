@@ -262,6 +262,21 @@ class TestGivenBack:
         assert submit(queue, ten, 2).result(PATIENCE_S) == 4
         assert work.batches == [[0], [2]]
 
+    def test_what_nobody_waits_for_is_not_tried_again(self, queue: BatchQueue, work: Work) -> None:
+        """A source that does not answer fails a batch once, not once more for each of its items."""
+        ten = lane(work, 10)
+        busy(queue, ten, work)
+        tickets = [put(queue, ten, i) for i in (-1, -2, -3)]
+        work.gate.set()  # the first run ends, the second begins
+        work.gate.clear()
+        until(lambda: len(work.batches) == 2)
+        assert not any(ticket.release() for ticket, _ in tickets), "a worker has them"
+        work.gate.set()
+        for _, future in tickets:
+            with pytest.raises(ValueError, match="-3 is negative"):
+                future.result(PATIENCE_S)
+        assert work.batches == [[0], [-1, -2, -3]]
+
 
 class TestBegunAndFinished:
     """A device that works on its own: begun batches are waited for when the next ones are begun."""
@@ -339,6 +354,18 @@ class TestHeldUp:
         allowed.set()
         queue.wake()
         assert future.result(PATIENCE_S) == 3
+        queue.close()
+
+    def test_told_when_items_leave(self, work: Work) -> None:
+        left = threading.Semaphore(0)
+        queue, one = BatchQueue("test", 1, when_shorter=left.release), lane(work, 1)
+        busy(queue, one, work)
+        assert left.acquire(timeout=PATIENCE_S), "taken"
+        ticket, _ = put(queue, one, 1)
+        assert not left.acquire(blocking=False)
+        ticket.release()
+        assert left.acquire(blocking=False), "given back"
+        work.gate.set()
         queue.close()
 
 

@@ -406,6 +406,24 @@ class TestGivenUp:
         assert len(b.encoder.encoded) <= running + 1  # one that was on its way from the reader to the queue
         assert not b.engine._chunks._running
 
+    def test_others_are_read_when_the_queue_is_given_up(
+        self, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Readers wait while the device has enough; they must be told also of what leaves its queue untaken."""
+        monkeypatch.setattr(engine_module, "READ_AHEAD_RUNS", 2)
+        b = bench("plain", read_threads=2)
+        one, two = b.open("whole.tif"), b.open("hole.tif")
+        b.encoder.gate.clear()
+        gone = [b.engine.claim(one, index, (2, 0, 0)) for index in one.footprint.chunks(6)]
+        b.encoder.await_run()
+        until(lambda: b.engine.device_queue >= 8)
+        stays = [b.engine.claim(two, index, (1, 0, 0)) for index in list(two.footprint.chunks(6))[:6]]
+        for claim in gone:
+            claim.release()
+        b.encoder.gate.set()
+        for claim in stays:
+            claim.result(PATIENCE_S)
+
 
 class TestUrgency:
     def order(self, b: Bench, dataset: Dataset, indices: list[ChunkIndex]) -> list[ChunkIndex]:
@@ -467,6 +485,29 @@ class TestOverload:
         for future in waiting:
             future.result(PATIENCE_S)
         assert (b.engine.block(dataset, dataset.footprint).labels != NODATA_LABEL).any()
+
+    def test_what_waits_to_be_read_counts(self, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engine_module, "READ_AHEAD_BYTES", 0)
+        b = bench("plain", queue_windows=25, read_threads=1)
+        dataset = b.open("whole.tif")
+        b.encoder.gate.clear()
+        chunks = list(dataset.footprint.chunks(6))
+        claims = [b.engine.claim(dataset, index, (1, 0, 0)) for index in chunks[:27]]
+        b.encoder.await_run()
+        assert b.engine.windows_waiting == 27
+        with pytest.raises(BusyError, match="27 windows wait"):
+            b.engine.block(dataset, dataset.footprint)
+        b.encoder.gate.set()
+        for claim in claims:
+            claim.result(PATIENCE_S)
+
+    def test_given_up_by_whoever_waits_in_a_thread(self, bench: Callable[..., Bench]) -> None:
+        b = bench("plain", read_threads=1)
+        dataset = b.open("whole.tif")
+        answers = iter([False, False, True])
+        with pytest.raises(BusyError, match="nobody waits"):
+            b.engine.block(dataset, dataset.footprint, gone=lambda: next(answers))
+        until(lambda: b.engine.windows_waiting == 0)
 
     def test_background_work_is_never_refused(self, bench: Callable[..., Bench]) -> None:
         b = bench("plain", queue_windows=1)

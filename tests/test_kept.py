@@ -33,7 +33,7 @@ from geocentroids_tiler.grid import PatchRange
 from geocentroids_tiler.labels import kept as kept_module
 from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
 from geocentroids_tiler.labels.file_lock import FileLock
-from geocentroids_tiler.labels.kept import BROKEN_FOR_S, LOOK_EVERY_S, KeptDataset, KeptLabels, kept_id
+from geocentroids_tiler.labels.kept import BROKEN_FOR_S, LOOK_EVERY_S, KeptBlock, KeptDataset, KeptLabels, kept_id
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.source import Dataset, ReadOptions
@@ -187,6 +187,11 @@ class TestFiles:
         assert others[0] == kept_id(replace(dataset, timeout_s=1.0), codebook)
 
 
+def cells_of(block: KeptBlock, row: Any, col: Any) -> tuple[Any, Any]:
+    """Return row and column in a block of the cells that hold patches."""
+    return (row - block.patches.row_start) // block.factor, (col - block.patches.col_start) // block.factor
+
+
 class TestRead:
     @pytest.mark.parametrize("image", ["whole.tif", "hole.tif", "degrees.tif"])
     def test_patches_are_what_the_engine_gives(
@@ -284,7 +289,7 @@ class TestRead:
             assert read.patches.shape == tuple(size * factor for size in read.labels.shape)
             assert max(np.subtract(read.patches.shape, patches.shape)) <= 2 * (factor - 1)
             at = np.ix_(np.arange(patches.row_start, patches.row_stop), np.arange(patches.col_start, patches.col_stop))
-            here, there = read.cells_of(*at), whole.cells_of(*at)
+            here, there = cells_of(read, *at), cells_of(whole, *at)
             equal_blocks(
                 LabelBlock(patches, read.labels[here], read.similarity[here]),
                 whole.labels[there],

@@ -282,6 +282,41 @@ class TestClientsThatGo:
         assert stayed[1]["body"] == app.tile().content
         assert set(app.encoder.encoded.values()) == {1}
 
+    @pytest.mark.parametrize("kind", ["export", "point"])
+    def test_who_asked_for_something_else(self, make: Callable[..., App], kind: str) -> None:
+        app = make(read_threads=1)
+        bounds = open_image(app.service, "whole.tif", "blend").geographic_bounds
+        point = f"{API}/point/{(bounds[0] + bounds[2]) / 2},{(bounds[1] + bounds[3]) / 2}"
+        path = f"{API}/bbox/-180,-85,180,85.png" if kind == "export" else point
+        app.encoder.gate.clear()
+
+        async def scene() -> list[dict[str, Any]]:
+            gone = asyncio.Event()
+            request = asyncio.create_task(app.asked(path, gone))
+            await asyncio.to_thread(app.encoder.await_run)
+            gone.set()
+            return await asyncio.wait_for(request, PATIENCE_S)
+
+        assert asyncio.run(scene())[0]["status"] == 499
+        assert app.service.meters.cancelled._value.get() == 1
+        app.encoder.gate.set()
+        until(lambda: app.engine.windows_waiting == 0)
+        whole = len(list(open_image(app.service, "whole.tif", "blend").footprint.chunks(3)))
+        assert len(app.encoder.encoded) < whole
+
+    def test_an_export_does_not_hold_up_the_end(self, make: Callable[..., App]) -> None:
+        app = make()
+        app.encoder.gate.clear()
+
+        async def scene() -> int:
+            request = asyncio.create_task(app.asked(f"{API}/bbox/-180,-85,180,85.png", asyncio.Event()))
+            await asyncio.to_thread(app.encoder.await_run)
+            app.service.closing.set()
+            app.encoder.gate.set()
+            return int((await asyncio.wait_for(request, PATIENCE_S))[0]["status"])
+
+        assert asyncio.run(scene()) == 503
+
     def test_no_task_is_left(self, make: Callable[..., App]) -> None:
         app = make()
         path = app.path()
@@ -431,3 +466,27 @@ def test_threads_end(images: Path, codebooks: Path) -> None:
     app.service.close()
     left = [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("geocentroids")]
     assert left == []
+
+
+class TestKeptLabels:
+    def test_broken_ones_are_turned_away_once_and_then_computed(
+        self, make: Callable[..., App], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        app = make(labels_dir=tmp_path / "labels", tile_budget_s=1e-9)
+        dataset = open_image(app.service, "whole.tif", "blend")
+        codebook = app.service.codebook(None)
+        assert app.service.kept is not None
+        whole = app.engine.block(dataset, dataset.footprint)
+        with app.service.kept.writer(dataset, codebook, app.engine.device_name) as writer:
+            writer.write(whole)
+            writer.finish()
+        app.clock.now += 10
+        low = app.path(14)
+        shown = app.client.get(low, params={"url": "whole.tif"})
+        assert "x-geocentroids-empty" not in shown.headers
+        kept = app.service.kept.find(dataset, codebook)
+        assert kept is not None
+        (kept.folder / "labels.tif").write_bytes(b"II*\0 and nothing else")
+        again = app.client.get(low, params={"url": "whole.tif", "classes": 5})
+        assert (again.status_code, again.headers["retry-after"]) == (503, "1")
+        assert app.tile(classes=5).status_code == 200

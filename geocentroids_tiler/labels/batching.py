@@ -48,7 +48,7 @@ class Lane(Generic[Item, Result]):
 class Ticket:
     """An item in a queue. It can be given back while it waits."""
 
-    __slots__ = ("_queue", "answered", "done", "failed", "item", "lane", "rank", "since_s", "waiting")
+    __slots__ = ("_queue", "answered", "done", "failed", "item", "lane", "rank", "since_s", "unwanted", "waiting")
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Ticket:
         self.since_s = time.monotonic()
         self.waiting = True
         self.answered = False
+        self.unwanted = False
 
     def release(self) -> bool:
         """Take the item out of the queue; False if a worker has it at this moment."""
@@ -126,7 +127,13 @@ class BatchQueue:
     """
 
     def __init__(
-        self, name: str, threads: int, *, in_flight: int = 1, may_take: Callable[[], bool] = lambda: True
+        self,
+        name: str,
+        threads: int,
+        *,
+        in_flight: int = 1,
+        may_take: Callable[[], bool] = lambda: True,
+        when_shorter: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the workers.
 
@@ -135,12 +142,14 @@ class BatchQueue:
             threads: how many.
             in_flight: batches that a worker may have begun and not finished.
             may_take: whether the workers may go on; ``wake`` makes them ask again.
+            when_shorter: called when items have left the queue, taken or given back.
         """
         self._waiting = _Waiting()
         self._wake = threading.Condition()
         self._closed = False
         self._in_flight = in_flight
         self._may_take = may_take
+        self._when_shorter = when_shorter
         self._threads = [threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -173,10 +182,12 @@ class BatchQueue:
         """Take an item out; False if a worker has it at this moment."""
         with self._wake:
             if not ticket.waiting:
+                ticket.unwanted = True
                 return ticket.answered
             ticket.waiting = False
             self._waiting.remove(ticket)
-            return True
+        self._when_shorter()
+        return True
 
     def raise_rank(self, ticket: Ticket, rank: Rank) -> None:
         """Make an item at least as urgent as ``rank``, if it still waits."""
@@ -204,6 +215,7 @@ class BatchQueue:
         while True:
             batch = self._take(wait=not begun)
             if batch:
+                self._when_shorter()
                 begun += _begin(batch)
             elif not begun:
                 return
@@ -280,11 +292,15 @@ def _settle(ticket: Ticket, result: Any) -> None:
 
 
 def _fail(batch: list[Ticket], error: Exception) -> None:
-    """Fail an item that is alone; run the items of a batch of several again, each alone."""
+    """Fail an item that is alone, or that nobody waits for; run the others of a batch again, each alone."""
     if len(batch) == 1:
         batch[0].answered = True
         batch[0].failed(error)
         return
     for ticket in batch:
+        if ticket.unwanted:  # a source that does not answer would cost its timeout once more for each
+            ticket.answered = True
+            ticket.failed(error)
+            continue
         for alone in _begin([ticket]):
             _finish(*alone)

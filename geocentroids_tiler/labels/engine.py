@@ -137,6 +137,7 @@ class LabelEngine:
         self.seconds_per_chunk = self._measure()
         self._meters = Meters() if meters is None else meters
         self._tier = tier
+        self._store = store
         self._queue_windows = queue_windows
         self._next_rank = Viewports().next if next_rank is None else next_rank
         window_bytes = 3 * (pre.window_patches * self._patch_px) ** 2
@@ -156,11 +157,13 @@ class LabelEngine:
         self._keep: Lane[tuple[ChunkKey, ChunkLabels], None] = Lane(self._keep_batch, lambda: LOOK_UP_BATCH)
         self.windows_encoded = 0
         on_gpu = info.device.startswith("cuda")
-        self._device = BatchQueue("geocentroids-device", 1, in_flight=2 if on_gpu else 1)
         at_once = encoder.windows_at_once
         self._read_ahead = max(2 * at_once, min(READ_AHEAD_RUNS * at_once, READ_AHEAD_BYTES // window_bytes))
         self._reading = BatchQueue(
             "geocentroids-read", read_threads, may_take=lambda: len(self._device) < self._read_ahead
+        )
+        self._device = BatchQueue(
+            "geocentroids-device", 1, in_flight=2 if on_gpu else 1, when_shorter=self._reading.wake
         )
         self._storing = None if tier is None else BatchQueue("geocentroids-store", 1)
 
@@ -176,8 +179,8 @@ class LabelEngine:
 
     @property
     def windows_waiting(self) -> int:
-        """Windows that are wanted and not encoded yet."""
-        return len(self._tokens)
+        """Windows that are wanted and not encoded yet, whether read or not."""
+        return len(self._tokens.keys() | self._pixels.keys())
 
     @property
     def windows_given_up(self) -> int:
@@ -228,7 +231,7 @@ class LabelEngine:
         """Tell whether the labels of a rectangle of patches are all in memory, if it is not too large to look."""
         rows, cols = patches.intersect(dataset.footprint).chunk_range(self.layout.stride_patches).shape
         return rows * cols <= MAX_AT_HAND and all(
-            self._chunks.kept(self._key(dataset, index)) for index in self._inside(dataset, patches)
+            self._store.peek(self._key(dataset, index)) is not None for index in self._inside(dataset, patches)
         )
 
     def ahead(
@@ -268,7 +271,13 @@ class LabelEngine:
                 claim.release()
 
     def stream(
-        self, dataset: Dataset, patches: PatchRange, *, background: bool = False, timeout_s: float | None = None
+        self,
+        dataset: Dataset,
+        patches: PatchRange,
+        *,
+        background: bool = False,
+        timeout_s: float | None = None,
+        gone: Callable[[], bool] = lambda: False,
     ) -> Generator[tuple[ChunkIndex, ChunkLabels]]:
         """Yield the chunks that hold ``patches``, those outside of the dataset left out, row by row as they come.
 
@@ -277,13 +286,16 @@ class LabelEngine:
             patches: which part of it.
             background: let all requests go first.
             timeout_s: longest time for all of it.
+            gone: asked before each chunk whether whoever wanted the labels has gone.
 
         Raises:
-            BusyError: if the queue is full or the time is over.
+            BusyError: if the queue is full, the time is over, or nobody waits any more.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         rank = BACKGROUND if background else self._next_rank()
         for index, future in self.ahead(dataset, self._inside(dataset, patches), rank=rank):
+            if gone():
+                raise BusyError("nobody waits for these labels any more", 1.0)
             try:
                 labels = future.result(None if deadline_s is None else deadline_s - time.monotonic())
             except TimeoutError:
@@ -292,14 +304,21 @@ class LabelEngine:
                 raise self.too_late(timeout_s) from None
             yield index, labels
 
-    def block(self, dataset: Dataset, patches: PatchRange, *, timeout_s: float | None = None) -> LabelBlock:
-        """Return the labels of a rectangle of patches, waiting for them.
+    def block(
+        self,
+        dataset: Dataset,
+        patches: PatchRange,
+        *,
+        timeout_s: float | None = None,
+        gone: Callable[[], bool] = lambda: False,
+    ) -> LabelBlock:
+        """Return the labels of a rectangle of patches, waiting for them; see ``stream``.
 
         Raises:
-            BusyError: if the queue is full or the time is over.
+            BusyError: if the queue is full, the time is over, or nobody waits any more.
         """
         result = LabelBlock.empty(patches)
-        for index, chunk in self.stream(dataset, patches, timeout_s=timeout_s):
+        for index, chunk in self.stream(dataset, patches, timeout_s=timeout_s, gone=gone):
             result.paste(index, chunk)
         return result
 
@@ -415,7 +434,6 @@ class LabelEngine:
             yield window
 
     def _encode_batch(self, windows: Sequence[NDArray[np.uint8]]) -> list[TokenHandle]:
-        self._reading.wake()
         self._meters.batch_windows.observe(len(windows))
         with timed(self._meters.encode_seconds):
             tokens = self.encoder.encode(windows)
@@ -423,7 +441,6 @@ class LabelEngine:
         return tokens
 
     def _begin_assign(self, chunks: Sequence[Sequence[TokenHandle]]) -> Callable[[], _Assigned]:
-        self._reading.wake()
         return self._assigner.begin(chunks)
 
     def _finish_assign(self, finish: Callable[[], _Assigned]) -> list[ChunkLabels]:

@@ -212,9 +212,8 @@ class Jobs:
             lock.release()
             raise
         lock.release(remove=True)
-        logger.info(
-            "job %s, the labels of %s, is %s%s", job.id, job.url, job.state, f": {job.error}" if job.error else ""
-        )
+        # Without the query, and without the error, which may repeat it: a signature in it is a secret.
+        logger.info("job %s, the labels of %s, is %s", job.id, job.url.partition("?")[0], job.state)
 
     def _loop(self) -> None:
         while True:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import rasterio
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
@@ -125,12 +125,6 @@ class KeptBlock:
     patches: PatchRange
     labels: NDArray[np.uint16]
     similarity: NDArray[np.float32]
-
-    def cells_of(self, rows: ArrayLike, cols: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return rows and columns in ``labels`` of the cells that hold patches; outside of it for other patches."""
-        row = (np.asarray(rows, np.int64) - self.patches.row_start) // self.factor
-        col = (np.asarray(cols, np.int64) - self.patches.col_start) // self.factor
-        return row, col
 
 
 @dataclass(frozen=True)

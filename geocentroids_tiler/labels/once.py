@@ -199,10 +199,10 @@ class Once(Generic[K, T]):
         """Computations that run."""
         return len(self._running)
 
-    def kept(self, key: K) -> bool:
-        """Tell whether the value of a key is kept."""
+    def keys(self) -> set[K]:
+        """Return the keys of the computations that run."""
         with self._lock:
-            return self._keeper.get(key) is not None
+            return set(self._running)
 
     def claim(self, key: K, start: Callable[[Work[T]], None], rank: Rank = BACKGROUND) -> Claim[T]:
         """Return a share in the value of a key: kept, being computed, or computed from now on.

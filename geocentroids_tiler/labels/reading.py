@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from geocentroids_tiler.errors import KeptLabelsError
+from geocentroids_tiler.errors import BusyError, KeptLabelsError
 from geocentroids_tiler.grid import PatchRange
 from geocentroids_tiler.labels.batching import Rank
 from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
 from geocentroids_tiler.labels.kept import KeptBlock, KeptDataset
 from geocentroids_tiler.source import Dataset
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,21 @@ class DatasetLabels:
         """Tell whether the labels of a rectangle of patches are there without computing any."""
         return self.kept is not None or self.engine.at_hand(self.dataset, patches)
 
-    def block(self, patches: PatchRange, timeout_s: float) -> LabelBlock:
+    def block(self, patches: PatchRange, timeout_s: float, gone: Callable[[], bool]) -> LabelBlock:
         """Return the labels of a rectangle of patches, waiting for them.
 
+        Args:
+            patches: which ones.
+            timeout_s: longest time to wait for labels that are computed.
+            gone: tells whether whoever wanted them has gone.
+
         Raises:
-            BusyError: if too much is asked for at once, or the time is over.
+            BusyError: if too much is asked for at once, the time is over, or kept labels turn out to be broken.
         """
         if self.kept is not None:
-            try:
+            with _asked_again():
                 return _patches_of(self.kept.read(patches), patches)
-            except KeptLabelsError as error:
-                logger.warning("%s; they are computed", error)
-        return self.engine.block(self.dataset, patches, timeout_s=timeout_s)
+        return self.engine.block(self.dataset, patches, timeout_s=timeout_s, gone=gone)
 
     async def block_async(
         self,
@@ -77,18 +79,28 @@ class DatasetLabels:
             cell: patches a side of the largest cells that are of use; computed labels are always of patches.
             similarity: whether similarities are needed; without they may be NaN.
             rank: how urgent it is, where labels have to be computed; None: as urgent as the newest request.
-            timeout_s: longest time for all of it.
+            timeout_s: longest time to wait for labels that are computed.
 
         Raises:
-            BusyError: if too much is asked for at once, or the time is over.
+            BusyError: if too much is asked for at once, the time is over, or kept labels turn out to be broken.
         """
         if self.kept is not None:
             read = partial(self.kept.read, patches, self.kept.factor_for(2 * cell), similarity=similarity)
-            try:
+            with _asked_again():
                 return await asyncio.get_running_loop().run_in_executor(pool, read)
-            except KeptLabelsError as error:
-                logger.warning("%s; they are computed", error)
         return await self.engine.block_async(self.dataset, patches, rank=rank, timeout_s=timeout_s)
+
+
+@contextmanager
+def _asked_again() -> Iterator[None]:
+    """Turn away a request that met broken files: the next one finds no kept labels, and what it asks for is computed.
+
+    This one may show more than can be computed, and its answer would be kept as one of theirs.
+    """
+    try:
+        yield
+    except KeptLabelsError as error:
+        raise BusyError(f"{error}; ask again, and they are computed where that is possible", 1.0) from error
 
 
 def _patches_of(block: KeptBlock, patches: PatchRange) -> LabelBlock:

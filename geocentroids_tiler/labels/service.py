@@ -93,7 +93,7 @@ class _FreshDatasets:
 
     def get(self, key: _DatasetKey) -> _Opened | None:
         """Return a dataset whose source was asked not long ago, or None."""
-        known = self._opened.get(key)
+        known = self._opened.peek(key)  # ``known_dataset`` has counted
         return known if known is not None and self._is_fresh(known.identity) else None
 
 
@@ -156,6 +156,8 @@ class Service:
         self.caches: dict[str, ByteCache[Any, Any]] = {"labels": self.store, "datasets": self._datasets}
         self.tier = open_tiers(settings)
         self.meters = Meters()
+        self.closing = threading.Event()
+        """Set when the service ends; what takes long looks at it."""
         self.viewports = Viewports()
         self.kept: KeptLabels | None = None
         self.jobs: Jobs | None = None
@@ -169,7 +171,8 @@ class Service:
         self.exporting = ThreadPoolExecutor(WORK_THREADS, "geocentroids-export")
 
     def close(self) -> None:
-        """Finish what runs and end all threads."""
+        """Finish what runs, but exports, and end all threads."""
+        self.closing.set()
         if self.jobs is not None:
             self.jobs.close()
         for pool in (self._opening, self._loading, self.exporting, self.working, self.drawing):
@@ -267,7 +270,7 @@ class Service:
 
         def open_or_confirm_now() -> _Opened:
             identity = self._identity(source)
-            known = self._datasets.get(key)
+            known = self._datasets.peek(key)
             if known is not None and known.identity.text == identity.text:
                 return _Opened(known.dataset, identity)
             timeout_s = self.settings.source_timeout_s
@@ -281,8 +284,8 @@ class Service:
 
     def known_dataset(self, url: str, options: ReadOptions, codebook: Codebook) -> Dataset | None:
         """Return a dataset that is in memory and was asked not long ago whether it changed, or None."""
-        known = self._fresh.get((url, options, codebook.digest))
-        return None if known is None else known.dataset
+        known = self._datasets.get((url, options, codebook.digest))
+        return known.dataset if known is not None and self._is_fresh(known.identity) else None
 
     def fresh_until(self, dataset: Dataset) -> float | None:
         """Return when, by this service's clock, a dataset's source has to be asked again; None if it was not kept."""
@@ -322,17 +325,21 @@ class Service:
     def _load_engine(self, codebook: Codebook) -> LabelEngine:
         settings = self.settings
         encoder = self._load(codebook, settings)
-        engine = LabelEngine(
-            codebook,
-            encoder,
-            self.store,
-            read_threads=settings.read_threads,
-            token_cache_bytes=settings.token_cache_bytes,
-            queue_windows=settings.queue_windows,
-            next_rank=self.viewports.next,
-            meters=self.meters,
-            tier=self.tier,
-        )
+        try:
+            engine = LabelEngine(
+                codebook,
+                encoder,
+                self.store,
+                read_threads=settings.read_threads,
+                token_cache_bytes=settings.token_cache_bytes,
+                queue_windows=settings.queue_windows,
+                next_rank=self.viewports.next,
+                meters=self.meters,
+                tier=self.tier,
+            )
+        except BaseException:
+            encoder.close()
+            raise
         logger.info("codebook %s on %s: %.4f s per chunk", codebook.name, encoder.info, engine.seconds_per_chunk)
         return engine
 
