@@ -20,7 +20,7 @@ FROM python:3.13-slim-bookworm
 ARG VARIANT=cpu
 COPY constraints.txt /tmp/constraints.txt
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/*.whl)[${VARIANT}]" \
+    pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/*.whl)[${VARIANT},store]" \
     && useradd --create-home --uid 10001 geocentroids
 USER 10001
 ENV PYTHONUNBUFFERED=1 \
