@@ -35,7 +35,7 @@ smoke: $(VIEWER)
 	set -e; "$$other" --version; \
 	[ -x $(SMOKE)/bin/python ] || "$$other" -m venv $(SMOKE); \
 	$(SMOKE)/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt '.[cpu]' pytest; \
-	$(SMOKE)/bin/pytest -q -c /dev/null --rootdir tests -p no:cacheprovider --import-mode=importlib tests/test_smoke.py
+	$(SMOKE)/bin/pytest -q -c /dev/null --rootdir tests --noconftest -p no:cacheprovider --import-mode=importlib tests/test_smoke.py
 
 viewer: $(VIEWER)  ## the web page
 
