@@ -131,17 +131,17 @@ async def run_export(service: Service, request: Request, function: Callable[...,
         return left.is_set() or service.closing.is_set()
 
     try:
-        done = await while_connected(request, run(service.exporting, function, *args, gone))
+        return await while_connected(service, request, run(service.exporting, function, *args, gone))
     finally:
         left.set()
-    if done is None:
-        service.meters.cancelled.inc()
-        raise HTTPException(CLIENT_GONE, "the client has gone")
-    return done
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """Return the result of ``work``, or None if the client goes away before it is there; then the work is cancelled."""
+async def while_connected(service: Service, request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of ``work``, which is cancelled if the client goes away before it is there.
+
+    Raises:
+        HTTPException: if it does; the request is counted as cancelled.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_until_gone(request))
     try:
@@ -150,7 +150,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T |
             return task.result()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        return None
+        service.meters.cancelled.inc()
+        raise HTTPException(CLIENT_GONE, "the client has gone")
     finally:
         for future in (task, gone):
             future.cancel()
@@ -239,7 +240,7 @@ def export(
     codebook = labels.engine.codebook
     style = look.style(codebook)
     classes = service.classes(codebook, look.classes)
-    _check_cost(service, labels.engine, [area])
+    _check_cost(service, _chunks_of(labels, area))
     block = labels.block(area.patches, service.settings.export_timeout_s, gone)
     inside = np.where(area.inside, block.labels, np.uint16(NODATA_LABEL))
     if raster_format == "tif":
@@ -267,9 +268,11 @@ def statistics_of(
     """
     deadline_s = time.monotonic() + service.settings.export_timeout_s
     areas: list[Area] = []
+    chunks = 0
     for feature in features:
         areas.append(area_of_feature(feature, labels.dataset))
-        _check_cost(service, labels.engine, areas)  # as they come: each takes memory
+        chunks += _chunks_of(labels, areas[-1])
+        _check_cost(service, chunks)  # as they come: each takes memory
     patch_area_m2 = labels.dataset.grid.patch_area_m2
     answered = []
     for feature, area in zip(features, areas, strict=True):
@@ -292,14 +295,17 @@ def exemplar(
     return info.model_dump_json().encode() if exemplar_format == "json" else codebook.exemplars.read(info.centroid)
 
 
-def _check_cost(service: Service, engine: LabelEngine, areas: Sequence[Area]) -> None:
-    """Raise InputError if areas need more chunks than one request may have computed."""
-    shapes = [area.patches.chunk_range(engine.layout.stride_patches).shape for area in areas]
-    needed, limit = sum(rows * cols for rows, cols in shapes), service.settings.max_chunks
-    if needed > limit:
+def _chunks_of(labels: DatasetLabels, area: Area) -> int:
+    rows, cols = area.patches.chunk_range(labels.engine.layout.stride_patches).shape
+    return rows * cols
+
+
+def _check_cost(service: Service, chunks: int) -> None:
+    """Raise InputError if a request needs more chunks than one may have computed."""
+    if chunks > service.settings.max_chunks:
         raise InputError(
-            f"the area needs {needed} chunks; this server computes at most {limit} in one request. "
-            "Split it, or use geocentroids classify"
+            f"the area needs {chunks} chunks; this server computes at most {service.settings.max_chunks} in one "
+            "request. Split it, or use geocentroids classify"
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,15 +122,8 @@ def average_colors(index: NDArray[np.uint16], palette: NDArray[np.uint8], factor
     Returns:
         RGBA of shape (H, W, 4), uint8.
     """
-    rows, cols = index.shape[0] // factor, index.shape[1] // factor
-    premultiplied = palette.astype(np.float32)
-    premultiplied[:, :3] *= premultiplied[:, 3:] / 255
-    total = np.zeros((rows, cols, 4), np.float32)
-    for i in range(factor):
-        for j in range(factor):
-            total += premultiplied[index[i::factor, j::factor]]
-    total /= factor**2
-    return _straight(total)
+    colors = _premultiplied(palette)
+    return _mean_of_squares(lambda i, j: colors[index[i::factor, j::factor]], factor)
 
 
 def cell_colors(index: NDArray[np.uint16], palette: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
@@ -143,9 +137,7 @@ def cell_colors(index: NDArray[np.uint16], palette: NDArray[np.uint8], factor: i
     Returns:
         Premultiplied RGBA of shape (H, W, 4), uint8, rounded to whole levels.
     """
-    premultiplied = palette.astype(np.float32)
-    premultiplied[:, :3] *= premultiplied[:, 3:] / 255
-    colors = np.rint(premultiplied).astype(np.uint8)[index]
+    colors = np.rint(_premultiplied(palette)).astype(np.uint8)[index]
     if factor == 1:
         return colors
     # As four channels without a meaning: Pillow would multiply those of RGBA by opacity once more.
@@ -173,19 +165,32 @@ def average_samples(
     inside = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
     at = np.where(inside, rows * (width + 1) + cols, padded.shape[0] * padded.shape[1] - 1)
     found = padded.view(np.uint32).ravel()[at].view(np.uint8).reshape(*rows.shape, 4)
-    h, w = rows.shape[0] // samples, rows.shape[1] // samples
-    total = np.zeros((h, w, 4), np.float32)
-    for i in range(samples):
-        for j in range(samples):
-            total += found[i::samples, j::samples]
-    total /= samples**2
-    return _straight(total)
+    return _mean_of_squares(lambda i, j: found[i::samples, j::samples], samples)
 
 
-def _straight(premultiplied: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Undo the multiplication by opacity."""
-    alpha = premultiplied[..., 3:]
-    color = np.divide(premultiplied[..., :3] * 255, alpha, out=np.zeros_like(premultiplied[..., :3]), where=alpha > 0)
+def _premultiplied(palette: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return RGBA of shape (n, 4) whose colours are multiplied by their opacity."""
+    colors = palette.astype(np.float32)
+    colors[:, :3] *= colors[:, 3:] / 255
+    return colors
+
+
+def _mean_of_squares(part: Callable[[int, int], NDArray[Any]], side: int) -> NDArray[np.uint8]:
+    """Average premultiplied colours and undo the multiplication.
+
+    Args:
+        part: returns of each square the colour in row i and column j, of shape (H, W, 4).
+        side: rows and columns of a square.
+
+    Returns:
+        RGBA of shape (H, W, 4), uint8.
+    """
+    total = part(0, 0).astype(np.float32)
+    for i, j in [(i, j) for i in range(side) for j in range(side)][1:]:
+        total += part(i, j)
+    total /= side**2
+    alpha = total[..., 3:]
+    color = np.divide(total[..., :3] * 255, alpha, out=np.zeros_like(total[..., :3]), where=alpha > 0)
     rgba: NDArray[np.uint8] = np.rint(np.concatenate([color, alpha], axis=-1)).clip(0, 255).astype(np.uint8)
     return rgba
 

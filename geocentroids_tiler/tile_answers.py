@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Classes, Codebook
-from geocentroids_tiler.handlers import CLIENT_GONE, empty_tile, find_labels, run, while_connected, zooms_of
+from geocentroids_tiler.handlers import empty_tile, find_labels, run, while_connected, zooms_of
 from geocentroids_tiler.hot import HotTiles
 from geocentroids_tiler.labels.batching import Rank
 from geocentroids_tiler.labels.meters import timed
@@ -94,6 +94,7 @@ class TileAnswers:
 
         Raises:
             BusyError: if its labels cannot be computed now or in time.
+            HTTPException: if the client goes away.
         """
         service = self._service
         labels = await find_labels(service, wanted.dataset, wanted.codebook)
@@ -109,10 +110,7 @@ class TileAnswers:
             rank = service.viewports.rank(
                 request.client.host if request.client else "", (wanted.dataset.key, wanted.tile.z)
             )
-            made = await while_connected(request, self._make(wanted, labels, rank, timing))
-            if made is None:
-                service.meters.cancelled.inc()
-                return Response(status_code=CLIENT_GONE, headers={"Cache-Control": "no-store"})
+            made = await while_connected(service, request, self._make(wanted, labels, rank, timing))
             if isinstance(made, Response):
                 return made
             content = made

@@ -26,7 +26,6 @@ from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.grid import WGS84, PatchRange, parse_crs, project
 from geocentroids_tiler.handlers import (
-    CLIENT_GONE,
     ExemplarFormat,
     NoStoreRoute,
     RasterFormat,
@@ -406,10 +405,8 @@ class ClassTilerFactory(TilerFactory):
             if patch.empty:
                 return point_info(codebook, merged, (lon, lat), NODATA_LABEL, 0.0, link)
             timeout_s = service.settings.request_timeout_s
-            block = await while_connected(request, labels.block_async(patch, service.working, timeout_s=timeout_s))
-            if block is None:
-                service.meters.cancelled.inc()
-                raise HTTPException(CLIENT_GONE, "the client has gone")
+            computing = labels.block_async(patch, service.working, timeout_s=timeout_s)
+            block = await while_connected(service, request, computing)
             label, similarity = int(block.labels[0, 0]), float(block.similarity[0, 0])
             return await run(service.working, point_info, codebook, merged, (lon, lat), label, similarity, link)
 

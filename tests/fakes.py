@@ -294,6 +294,16 @@ def part_of(labels: NDArray[Any], whole: PatchRange, part: PatchRange) -> NDArra
     ]
 
 
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def until(condition: Callable[[], bool]) -> None:
     """Wait for something that other threads are about to do."""
     deadline = time.monotonic() + PATIENCE_S

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import rasterio
 from click.testing import CliRunner
-from fakes import fake_service, open_image, write_codebooks, write_images
+from fakes import Clock, fake_service, open_image, write_codebooks, write_images
 from numpy.typing import NDArray
 from pyproj import CRS
 from rasters import texture, write_tif
@@ -42,16 +42,6 @@ SIMILARITY = 1e-6
 """Averages of float32 against those of float64. Measured: 6e-8."""
 DEVICE = "fake/cpu/fp64"
 PLENTY_BYTES = 2**40
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture(scope="module")

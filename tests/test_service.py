@@ -12,7 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import PATIENCE_S, Loader, fake_codebook, fake_service, open_image, until, write_codebooks, write_images
+from fakes import (
+    PATIENCE_S,
+    Clock,
+    Loader,
+    fake_codebook,
+    fake_service,
+    open_image,
+    until,
+    write_codebooks,
+    write_images,
+)
 from httpd import Httpd, Served, serve
 from rasters import texture, write_tif
 
@@ -31,16 +41,6 @@ from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.source import ReadOptions, resolve_source
 
 TTL_S = 60.0
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 import morecantile
 import numpy as np
 import pytest
-from fakes import PATIENCE_S, fake_service, open_image, until, write_codebooks, write_images
+from fakes import PATIENCE_S, Clock, fake_service, open_image, until, write_codebooks, write_images
 from fastapi import Depends, FastAPI, HTTPException
 from starlette.testclient import TestClient
 from titiler.core.factory import TilerFactory
@@ -35,16 +35,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def codebooks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_codebooks(tmp_path_factory.mktemp("codebooks"))
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class App:

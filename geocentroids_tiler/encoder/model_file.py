@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from geocentroids_tiler.encoder.checks import check_batch
 from geocentroids_tiler.errors import EncoderError
 
 CONTRACT = "input 'windows' uint8 (N, S, S, 3), output 'tokens' float32 (N, P, P, D), S a multiple of P"
@@ -44,6 +45,42 @@ class ModelSpec:
     def patch_px(self) -> int:
         """Pixels a side of a patch."""
         return self.window_px // self.window_patches
+
+    def batch(self, path: Path, wanted: int | None) -> int | None:
+        """Return the windows of one run: those that the file at ``path`` fixes, else those wanted; None: neither.
+
+        Raises:
+            EncoderError: if both are given and differ, or what is wanted is no number of windows.
+        """
+        if wanted is None:
+            return self.fixed_batch
+        if self.fixed_batch is not None and wanted != self.fixed_batch:
+            raise EncoderError(f"{path}: the file fixes batches of {self.fixed_batch} windows, {wanted} were asked for")
+        return check_batch(wanted)
+
+
+class FileEncoder:
+    """What is the same of every encoder that runs an ONNX file: its tokens are float32.
+
+    Attributes:
+        spec: what the file promises.
+    """
+
+    spec: ModelSpec
+
+    @property
+    def dim(self) -> int:
+        """Length D of a token."""
+        return self.spec.dim
+
+    @property
+    def window_patches(self) -> int:
+        """Patches a side P of a window."""
+        return self.spec.window_patches
+
+    def token_bytes(self) -> int:
+        """Device memory that the tokens of one window take."""
+        return self.window_patches**2 * self.dim * 4
 
 
 def read_model(path: Path) -> tuple[bytes, ModelSpec]:

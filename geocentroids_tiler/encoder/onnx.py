@@ -14,19 +14,11 @@ from numpy.typing import NDArray
 
 from geocentroids_tiler.encoder.assign_graph import assign_graph, split_graph
 from geocentroids_tiler.encoder.base import Assigner, ChunkLayout, DeviceInfo, Labels, TokenHandle, Windows
-from geocentroids_tiler.encoder.checks import (
-    check_batch,
-    check_centroids,
-    check_chunks,
-    check_layout,
-    check_metric,
-    check_sha256,
-    check_windows,
-)
-from geocentroids_tiler.encoder.model_file import read_model
+from geocentroids_tiler.encoder.checks import check_chunks, check_sha256, check_windows
+from geocentroids_tiler.encoder.model_file import FileEncoder, read_model
 from geocentroids_tiler.encoder.providers import CPU, GPU_PROVIDERS, candidates, prepare, provider_list
 from geocentroids_tiler.encoder.runs import DeviceMemoryError, RunSize, batch_of, split, usable_cores
-from geocentroids_tiler.encoder.table import centroid_table, chunks_per_run
+from geocentroids_tiler.encoder.table import checked_table, chunks_per_run
 from geocentroids_tiler.errors import EncoderError
 
 GPU_BATCH_WINDOWS = 32
@@ -37,7 +29,7 @@ _OUT_OF_MEMORY = re.compile(
 """What the errors of ONNX Runtime, its arena and CUDA say; there is no class or code for it."""
 
 
-class OnnxEncoder:
+class OnnxEncoder(FileEncoder):
     """A vision transformer run by ONNX Runtime.
 
     A token handle is an ``OrtValue`` of shape (1, P, P, D), float32, on the provider's device.
@@ -71,10 +63,7 @@ class OnnxEncoder:
         self._path, self._sha256 = path, sha256
         content, self.spec = read_model(path)
         self._threads = threads or usable_cores()
-        fixed = self.spec.fixed_batch
-        if batch_windows is not None and fixed is not None and batch_windows != fixed:
-            raise EncoderError(f"{path}: the file fixes batches of {fixed} windows, {batch_windows} were asked for")
-        wanted = fixed if batch_windows is None else check_batch(batch_windows)
+        wanted = self.spec.batch(path, batch_windows)
 
         names = candidates(provider)
         for name in names:
@@ -91,16 +80,6 @@ class OnnxEncoder:
         self._runs_at_once = self._threads if self._provider == CPU else 1
         self._pool = ThreadPoolExecutor(self._runs_at_once, "geocentroids-onnx")
         self._split: Any = self._open_split(size)
-
-    @property
-    def dim(self) -> int:
-        """Length D of a token."""
-        return self.spec.dim
-
-    @property
-    def window_patches(self) -> int:
-        """Patches a side P of a window."""
-        return self.spec.window_patches
 
     @property
     def batch_windows(self) -> int:
@@ -165,23 +144,16 @@ class OnnxEncoder:
         array: NDArray[np.float32] = tokens.numpy()[0]
         return array.copy()
 
-    def token_bytes(self) -> int:
-        """Device memory that the tokens of one window take."""
-        return self.window_patches**2 * self.dim * 4
-
     def assigner(self, centroids: NDArray[np.float32], metric: str, layout: ChunkLayout) -> OnnxAssigner:
         """Place centroids of shape (K, D) on the device and return what assigns tokens to them.
 
         Raises:
             EncoderError: if shape, metric or layout do not fit this encoder.
         """
-        known = check_metric(metric)
-        rows = check_centroids(centroids, self.dim)
-        check_layout(layout, self.window_patches)
+        table, known = checked_table(centroids, metric, layout, dim=self.dim, window_patches=self.window_patches)
         gpu = self._device == "cuda"
         chunks = chunks_per_run(layout.stride_patches) if gpu else 1
         # ArgMax is documented to return the first of equals on the CPU only.
-        table = centroid_table(rows, known)
         graph = assign_graph(table, known, layout, chunks=chunks, explicit_ties=self._provider != CPU)
         session = self._open(graph, None, "assignment graph")
         return OnnxAssigner(session, table.labels, layout, chunks, self._pool)

@@ -15,20 +15,11 @@ from numpy.typing import NDArray
 
 from geocentroids_tiler.encoder.assign_graph import assign_graph
 from geocentroids_tiler.encoder.base import Assigner, ChunkLayout, DeviceInfo, Labels, TokenHandle, Windows
-from geocentroids_tiler.encoder.checks import (
-    check_batch,
-    check_centroids,
-    check_chunks,
-    check_layout,
-    check_metric,
-    check_precision,
-    check_sha256,
-    check_windows,
-)
+from geocentroids_tiler.encoder.checks import check_chunks, check_precision, check_sha256, check_windows
 from geocentroids_tiler.encoder.int8 import quantise_linear_layers
-from geocentroids_tiler.encoder.model_file import read_model
+from geocentroids_tiler.encoder.model_file import FileEncoder, read_model
 from geocentroids_tiler.encoder.runs import fill, split, usable_cores
-from geocentroids_tiler.encoder.table import centroid_table
+from geocentroids_tiler.encoder.table import checked_table
 from geocentroids_tiler.errors import EncoderError
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -45,7 +36,7 @@ MAX_COPIES = 8
 """Each has the weights in memory again (170 MB for a ViT-B in bf16); with more cores each takes several threads."""
 
 
-class OpenVinoEncoder:
+class OpenVinoEncoder(FileEncoder):
     """A vision transformer run by OpenVINO on a CPU.
 
     A token handle is an array of shape (P, P, D), float32, in memory.
@@ -80,10 +71,7 @@ class OpenVinoEncoder:
         check_precision(precision, "openvino", PRECISIONS)
         check_sha256(path, sha256)
         content, self.spec = read_model(path)
-        fixed = self.spec.fixed_batch
-        if batch_windows is not None and fixed is not None and batch_windows != fixed:
-            raise EncoderError(f"{path}: the file fixes batches of {fixed} windows, {batch_windows} were asked for")
-        self._batch_windows = fixed or check_batch(1 if batch_windows is None else batch_windows)
+        self._batch_windows = self.spec.batch(path, batch_windows) or 1
         core = openvino.Core()
         self._products = _products(core, precision)
         self._int8 = precision == "int8"
@@ -99,16 +87,6 @@ class OpenVinoEncoder:
             raise EncoderError(f"{path}: OpenVINO cannot load it: {_reason(error)}") from error
         self._core, self._threads = core, threads
         self._check_copies(path)
-
-    @property
-    def dim(self) -> int:
-        """Length D of a token."""
-        return self.spec.dim
-
-    @property
-    def window_patches(self) -> int:
-        """Patches a side P of a window."""
-        return self.spec.window_patches
 
     @property
     def batch_windows(self) -> int:
@@ -163,20 +141,13 @@ class OpenVinoEncoder:
         array: NDArray[np.float32] = tokens
         return array.copy()
 
-    def token_bytes(self) -> int:
-        """Memory that the tokens of one window take."""
-        return self.window_patches**2 * self.dim * 4
-
     def assigner(self, centroids: NDArray[np.float32], metric: str, layout: ChunkLayout) -> OpenVinoAssigner:
         """Take centroids of shape (K, D) and return what assigns tokens to them, in fp32.
 
         Raises:
             EncoderError: if shape, metric or layout do not fit this encoder.
         """
-        known = check_metric(metric)
-        rows = check_centroids(centroids, self.dim)
-        check_layout(layout, self.window_patches)
-        table = centroid_table(rows, known)
+        table, known = checked_table(centroids, metric, layout, dim=self.dim, window_patches=self.window_patches)
         graph = assign_graph(table, known, layout, chunks=1, explicit_ties=True)
         try:
             runs = _Runs(self._core, self._core.read_model(graph), _options("fp32", 0), self._threads)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from geocentroids_tiler.encoder.checks import Metric
+from geocentroids_tiler.encoder.base import ChunkLayout
+from geocentroids_tiler.encoder.checks import Metric, check_centroids, check_layout, check_metric
 
 TINY = 1e-30
 """Least length a token is divided by, so that a zero token has similarity 0 and no NaN."""
@@ -48,6 +49,21 @@ def centroid_table(centroids: NDArray[np.float32], metric: Metric) -> CentroidTa
         squares: NDArray[np.float64] = np.square(rows.astype(np.float64)).sum(axis=1)
         bias = (-0.5 * squares).astype(np.float32)
     return CentroidTable(rows=rows, bias=bias, labels=first.astype(np.uint16))
+
+
+def checked_table(
+    centroids: NDArray[np.float32], metric: str, layout: ChunkLayout, *, dim: int, window_patches: int
+) -> tuple[CentroidTable, Metric]:
+    """Return the table of centroids and the metric, checked against an encoder.
+
+    Raises:
+        EncoderError: if shape, metric or layout do not fit an encoder of tokens of length ``dim`` and windows of
+            ``window_patches`` patches a side.
+    """
+    known = check_metric(metric)
+    rows = check_centroids(centroids, dim)
+    check_layout(layout, window_patches)
+    return centroid_table(rows, known), known
 
 
 def chunks_per_run(stride_patches: int) -> int:

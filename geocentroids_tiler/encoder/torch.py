@@ -11,17 +11,10 @@ from numpy.typing import NDArray
 
 from geocentroids_tiler.encoder.base import ChunkLayout, DeviceInfo, TokenHandle, Windows
 from geocentroids_tiler.encoder.checkpoint import load_model, locate_checkpoint
-from geocentroids_tiler.encoder.checks import (
-    check_batch,
-    check_centroids,
-    check_layout,
-    check_metric,
-    check_precision,
-    check_windows,
-)
+from geocentroids_tiler.encoder.checks import check_batch, check_precision, check_windows
 from geocentroids_tiler.encoder.cuda import CudaRunner
 from geocentroids_tiler.encoder.runs import DeviceMemoryError, RunSize, batch_of, split, usable_cores
-from geocentroids_tiler.encoder.table import centroid_table
+from geocentroids_tiler.encoder.table import checked_table
 from geocentroids_tiler.encoder.torch_assign import TorchAssigner, exact_products
 from geocentroids_tiler.errors import EncoderError
 
@@ -199,10 +192,8 @@ class TorchEncoder:
         Raises:
             EncoderError: if shape, metric or layout do not fit this encoder.
         """
-        known = check_metric(metric)
-        rows = check_centroids(centroids, self._dim)
-        check_layout(layout, self._window_patches)
-        return TorchAssigner(centroid_table(rows, known), known, layout, self._device, self._pool)
+        table, known = checked_table(centroids, metric, layout, dim=self._dim, window_patches=self._window_patches)
+        return TorchAssigner(table, known, layout, self._device, self._pool)
 
     def close(self) -> None:
         """End the threads, once what they run is done; neither the encoder nor its assigners work afterwards."""

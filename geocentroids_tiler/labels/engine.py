@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
-from geocentroids_tiler.encoder.base import ChunkLayout, Encoder, TokenHandle
+from geocentroids_tiler.encoder.base import ChunkLayout, Encoder, Labels, TokenHandle
 from geocentroids_tiler.errors import BusyError
 from geocentroids_tiler.grid import ChunkIndex, PatchRange
 from geocentroids_tiler.labels.batching import BACKGROUND, BatchQueue, Lane, Rank
@@ -52,7 +52,6 @@ MAX_AT_HAND = 20_000
 LOOK_UP_BATCH = 256
 """Chunks looked up in one visit to a store outside of the process."""
 
-_Assigned = tuple[NDArray[np.uint16], NDArray[np.float32]]
 _WindowKey = tuple[tuple[str, str, ReadOptions], ChunkIndex]
 
 
@@ -151,7 +150,10 @@ class LabelEngine:
         )
         self._encode: Lane[NDArray[np.uint8], TokenHandle] = Lane(self._encode_batch, lambda: encoder.windows_at_once)
         self._assign: Lane[Sequence[TokenHandle], ChunkLabels] = Lane(
-            self._begin_assign, lambda: 4 * encoder.windows_at_once, first=True, finish=self._finish_assign
+            lambda chunks: self._assigner.begin(chunks),
+            lambda: 4 * encoder.windows_at_once,
+            first=True,
+            finish=self._finish_assign,
         )
         self._look_up: Lane[ChunkKey, ChunkLabels | None] = Lane(self._look_up_batch, lambda: LOOK_UP_BATCH)
         self._keep: Lane[tuple[ChunkKey, ChunkLabels], None] = Lane(self._keep_batch, lambda: LOOK_UP_BATCH)
@@ -235,16 +237,15 @@ class LabelEngine:
         )
 
     def ahead(
-        self, dataset: Dataset, chunks: Iterable[ChunkIndex], *, rank: Rank = BACKGROUND, count: int | None = None
+        self, dataset: Dataset, chunks: Iterable[ChunkIndex], *, rank: Rank = BACKGROUND
     ) -> Generator[tuple[ChunkIndex, Future[ChunkLabels]]]:
-        """Yield chunks of a dataset in the order given, up to ``count`` asked for before their turn.
+        """Yield chunks of a dataset in the order given, up to ``CHUNKS_AHEAD`` asked for before their turn.
 
         What is not taken when the iterator is closed is given up.
 
         Raises:
             BusyError: if something has to be computed and too many windows wait already; never for ``BACKGROUND``.
         """
-        count = CHUNKS_AHEAD if count is None else count
         waiting: deque[tuple[ChunkIndex, Claim[ChunkLabels]]] = deque()
         full = rank != BACKGROUND and self.windows_waiting >= self._queue_windows
         try:
@@ -258,7 +259,7 @@ class LabelEngine:
                         f"{self._queue_windows} waiting; try again",
                         self.windows_waiting * self.seconds_per_chunk,
                     )
-                if len(waiting) >= count:
+                if len(waiting) >= CHUNKS_AHEAD:
                     index, claim = waiting[0]
                     yield index, claim.future
                     waiting.popleft()[1].release()
@@ -440,10 +441,7 @@ class LabelEngine:
         self.windows_encoded += len(windows)
         return tokens
 
-    def _begin_assign(self, chunks: Sequence[Sequence[TokenHandle]]) -> Callable[[], _Assigned]:
-        return self._assigner.begin(chunks)
-
-    def _finish_assign(self, finish: Callable[[], _Assigned]) -> list[ChunkLabels]:
+    def _finish_assign(self, finish: Callable[[], Labels]) -> list[ChunkLabels]:
         with timed(self._meters.assign_seconds):
             labels, similarity = finish()
         return [ChunkLabels(*pair) for pair in zip(labels, similarity, strict=True)]

@@ -148,8 +148,7 @@ class Service:
         self._datasets: ByteCache[_DatasetKey, _Opened] = ByteCache(
             DATASET_CACHE_BYTES, lambda opened: _dataset_bytes(opened.dataset)
         )
-        self._fresh = _FreshDatasets(self._datasets, self._is_fresh)
-        self._opened: Once[_DatasetKey, _Opened] = Once(self._fresh)
+        self._opened: Once[_DatasetKey, _Opened] = Once(_FreshDatasets(self._datasets, self._is_fresh))
         self._failures = _RecentFailures(settings.failure_ttl_s)
         self._identities: LRUCache[str, _Identity] = LRUCache(MAX_SOURCES)
         self.store = LabelStore(settings.label_cache_bytes)
