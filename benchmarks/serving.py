@@ -78,6 +78,14 @@ class Server:
         found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", self.read("/metrics"), re.M)
         return sum(map(float, found))
 
+    def work(self) -> str:
+        """Return what our server has done since it started."""
+        windows, read_s, encode_s = (
+            self.metric(f"geocentroids_{name}")
+            for name in ("windows_encoded_total", "read_seconds_sum", "encode_seconds_sum")
+        )
+        return f"{windows:.0f} windows, the encoder busy {encode_s:.1f} s, readers (four threads) {read_s:.1f} s in all"
+
     def memory_mib(self) -> float:
         """Return the resident memory of the server."""
         status = Path(f"/proc/{self.pid}/status").read_text()
@@ -208,9 +216,9 @@ def cold(image: Path, repeats: int) -> None:
         for ours in (True, False):
             with serve(image.parent, ours=ours) as server:
                 first, last = asyncio.run(burst(server, image, tiles))
-                windows = f", {server.metric('geocentroids_windows_encoded_total'):.0f} windows" if ours else ""
+                work = f"; {server.work()}" if ours else ""
             totals[ours].append(last)
-            print(f"{'ours' if ours else 'TiTiler'}: first tile {first:.2f} s, all {len(tiles)} {last:.2f} s{windows}")
+            print(f"{'ours' if ours else 'TiTiler'}: first tile {first:.2f} s, all {len(tiles)} {last:.2f} s{work}")
     print(f"ratio of times: {min(totals[True]) / min(totals[False]):.1f}")
 
 
@@ -219,8 +227,11 @@ def panning(image: Path, clients: int, seconds: float) -> None:
     with serve(image.parent, ours=True, tile_budget_s="600", token_cache_bytes=str(2**30)) as server:
         windows, took = asyncio.run(_pan_until_seen(server, image, clients, seconds))
         views = server.metric("geocentroids_cancelled_total")
+        requests = server.metric("geocentroids_requests_total")
+        work = server.work()
     rate = windows / took
-    print(f"{clients} clients: {windows:.0f} windows in {took:.1f} s, {rate:.1f} windows/s, {views:.0f} cancelled")
+    print(f"{clients} clients: {windows:.0f} windows in {took:.1f} s, {rate:.1f} windows/s; {work}")
+    print(f"{requests:.0f} requests, {views:.0f} of them given up")
     reference, distinct = _label_at_once(image)
     print(f"all of the image at once: {distinct} windows, {reference:.1f} windows/s")
     print(f"ratio of windows/s: {rate / reference:.2f}; windows computed twice: {max(0, windows - distinct):.0f}")
