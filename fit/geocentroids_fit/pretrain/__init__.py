@@ -1,0 +1,1 @@
+"""Training a small encoder from a folder of images."""
