@@ -150,6 +150,35 @@ def prepare_command(
     )
 
 
+@main.command("pretrain")
+@click.argument("images", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the encoder to write.")
+@click.option("--exclude", multiple=True, help="Pattern of paths to leave out. May be repeated.")
+@click.option("--learn-steps", type=int, help="Steps of self-distillation.  [default: 3000]")
+@click.option("--settle-steps", type=int, help="Steps with fixed targets.  [default: 1200]")
+@click.option("--batch-patches", type=int, help="Patches of a step.  [default: 4096]")
+@click.option("--learning-rate", type=float, help="Highest, of AdamW.  [default: 1e-3]")
+@click.option("--per-image", type=int, help="Patches that one image gives at most.  [default: 60000]")
+@click.option("--gsd", "gsd_m", type=float, help="Metres on the ground per pixel.  [default: 0.25]")
+@click.option("--width", type=int, help="Length of a token.  [default: 192]")
+@click.option("--depth", type=int, help="Layers.  [default: 6]")
+@click.option("--heads", type=int, help="Attention heads of a layer.  [default: 3]")
+@click.option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Of products.  [default: bf16]")
+@click.option("--workers", type=int, help="Threads that draw views.  [default: 1]")
+@click.option("--seed", type=int, help="Of everything random.  [default: 0]")
+def pretrain_command(images: Path, out: Path, exclude: tuple[str, ...], **options: Any) -> None:
+    """Train a small encoder on the images below IMAGES, without labels.
+
+    The state is kept in OUT.work: the same command goes on where it was ended. There is the curve of the losses too.
+    """
+    from geocentroids_fit.pretrain import make_pretrain_config, pretrain
+
+    start = time.monotonic()
+    pretrain(make_pretrain_config(images, out, exclude, options), click.echo)
+    click.echo(f"{out}: done in {time.monotonic() - start:.0f} s")
+
+
 @main.command("evaluate")
 @click.argument("codebook")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))

@@ -114,7 +114,7 @@ def kmeans(
         InputError: if ``k``, ``init`` or ``device`` is out of range, or the checkpoint cannot be written.
         NotFiniteError: if a feature is not finite; it says in which part and row.
     """
-    rows = Rows(parts, _device(device), scaled=metric == "cosine")
+    rows = Rows(parts, find_device(device), scaled=metric == "cosine")
     _check_k(k, len(rows))
     spherical = metric != "l2"
     with _full_float32():
@@ -219,7 +219,12 @@ def _check_k(k: int, features: int) -> None:
         raise InputError(f"k is {k}, but labels have 16 bits; k must be between 1 and {MAX_K}")
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device of a name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: if there is no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")

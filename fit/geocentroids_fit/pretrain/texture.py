@@ -9,8 +9,8 @@ import math
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 
 PATCH_PX = 14
 LUMINANCE = (0.299, 0.587, 0.114)
@@ -29,8 +29,8 @@ def texture_bank(pixels: Tensor) -> Tensor:
 
     Per patch: mean of R, G, B and its logarithms about their mean, deviations of R, G, B, mean and deviation of colour
     differences and saturation, and the energy of Gabor filters, sorted over orientations so that turning the image
-    changes nothing. Beside its own, each patch has the mean and deviation of these over 3 x 3 patches and the mean
-    over 5 x 5.
+    changes nothing. Beside its own, each patch has the mean of these over 3 x 3 patches. (Deviations over 3 x 3 and
+    means over 5 x 5 and more were tried as well and told land cover apart less well.)
 
     Args:
         pixels: of shape (B, 3, H, W), float32, RGB in [0, 1].
@@ -59,21 +59,14 @@ def texture_bank(pixels: Tensor) -> Tensor:
         ],
         dim=1,
     )  # (B, f, rows, cols)
-    near, near_deviation = _around(own, 1)
-    return torch.cat([own, near, near_deviation, _around(own, 2)[0]], dim=1)
+    near = F.avg_pool2d(F.pad(own, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return torch.cat([own, near], dim=1)
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each patch."""
     mean = F.avg_pool2d(values, PATCH_PX)
     return mean, (F.avg_pool2d(values**2, PATCH_PX) - mean**2).clamp_min(0).sqrt()
-
-
-def _around(values: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation over squares of patches; the border is continued by its nearest patch."""
-    padded = F.pad(values, (reach,) * 4, mode="replicate")
-    mean = F.avg_pool2d(padded, 2 * reach + 1, 1)
-    return mean, (F.avg_pool2d(padded**2, 2 * reach + 1, 1) - mean**2).clamp_min(0).sqrt()
 
 
 def _energies(pixels: Tensor) -> Tensor:

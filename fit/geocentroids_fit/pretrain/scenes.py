@@ -1,0 +1,113 @@
+"""The ground that an encoder is trained on: images on the ground grid, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geocentroids_fit.images import ImageFolder, ahead
+from geocentroids_tiler.codebook import Codebook
+from geocentroids_tiler.errors import GeocentroidsError, InputError
+from geocentroids_tiler.grid import PatchRange
+from geocentroids_tiler.source import Dataset, read_patches
+
+BLOCK_PATCHES = 64
+"""Side of the parts that are taken of an image too large to be taken whole."""
+OPEN_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Ground of one image.
+
+    Attributes:
+        image: name of the image.
+        dataset: the image.
+        patches: the patches it covers, R rows by C columns.
+        pixels: RGB of shape (14 R, 14 C, 3), uint8; what is no data is filled from its surroundings.
+        valid: pixels that are data, of shape (14 R, 14 C), bool.
+        labelled: patches of which at least half of the pixels are data, of shape (R, C), bool.
+    """
+
+    image: str
+    dataset: Dataset
+    patches: PatchRange
+    pixels: NDArray[np.uint8]
+    valid: NDArray[np.bool_]
+    labelled: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """All ground that is trained on.
+
+    Attributes:
+        scenes: the ground.
+        skipped: images that could not be used, and why.
+    """
+
+    scenes: tuple[Scene, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    @property
+    def patches(self) -> int:
+        """Patches with data."""
+        return sum(int(scene.labelled.sum()) for scene in self.scenes)
+
+
+def read_scenes(images: ImageFolder, codebook: Codebook, per_image: int, seed: int) -> Scenes:
+    """Read images, or random blocks of those that are larger than ``per_image`` patches.
+
+    Args:
+        images: which.
+        codebook: how they are opened: gsd and patch size.
+        per_image: patches that are taken of one image, at most.
+        seed: of the random blocks.
+
+    Raises:
+        InputError: if no image can be used.
+    """
+    found, skipped = [], []
+
+    def read(name: str) -> list[Scene]:
+        dataset = images.open(name, codebook)
+        return list(_scenes_of(name, dataset, codebook.manifest.encoder.patch_px, per_image, seed))
+
+    with ThreadPoolExecutor(OPEN_AHEAD, "geocentroids-read") as pool:
+        for name, scenes in ahead(pool, read, images.names, OPEN_AHEAD):
+            try:
+                found += scenes.result()
+            except GeocentroidsError as error:
+                skipped.append((name, str(error)))
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+        raise InputError(f"no patch of the {len(images.names)} images has data" + (f" ({reasons})" if reasons else ""))
+    return Scenes(tuple(found), tuple(skipped))
+
+
+def _scenes_of(name: str, dataset: Dataset, patch_px: int, per_image: int, seed: int) -> Iterator[Scene]:
+    for patches in _parts(name, dataset.footprint, per_image, seed):
+        read = read_patches(dataset, [patches], patch_px)[0]
+        rows, cols = patches.shape
+        share: NDArray[np.float64] = read.valid.reshape(rows, patch_px, cols, patch_px).mean(axis=(1, 3))
+        if (share >= 0.5).any():
+            yield Scene(name, dataset, patches, np.array(read.pixels), np.array(read.valid), share >= 0.5)
+
+
+def _parts(name: str, footprint: PatchRange, per_image: int, seed: int) -> list[PatchRange]:
+    """Return the footprint, or random blocks of it that hold ``per_image`` patches."""
+    rows, cols = footprint.shape
+    if rows * cols <= per_image:
+        return [footprint]
+    chunks = list(footprint.chunks(BLOCK_PATCHES))
+    order = np.random.default_rng([seed, *name.encode()]).permutation(len(chunks))
+    blocks = [chunks[i] for i in order[: max(1, per_image // BLOCK_PATCHES**2)]]
+    n = BLOCK_PATCHES
+    return [
+        PatchRange(block.row * n, (block.row + 1) * n, block.col * n, (block.col + 1) * n).intersect(footprint)
+        for block in blocks
+    ]
