@@ -20,17 +20,24 @@ SAME_GROUND_PATCHES = 0.54
 
 
 class Prototypes(nn.Module):
-    """Scores of tokens against prototypes: cosines of a projection."""
+    """Scores of tokens against prototypes: cosines of a projection.
+
+    Prototypes are random directions that stay as they are, and projections have no common part. Else a student finds
+    within some steps that it can guess all prototypes alike by making them alike, and takes thousands to leave that.
+    """
+
+    directions: Tensor
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
         self.project = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, PROJECTED))
-        self.directions = nn.Parameter(F.normalize(torch.randn(count, PROJECTED), dim=1))
+        self.register_buffer("directions", F.normalize(torch.randn(count, PROJECTED), dim=1))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return scores of shape (n, count) of tokens of shape (n, D)."""
-        projected = F.normalize(self.project(tokens).float(), dim=-1)
-        return F.linear(projected, F.normalize(self.directions, dim=1))
+        projected = self.project(tokens).float()
+        projected = F.normalize(F.batch_norm(projected, None, None, training=True), dim=-1)
+        return F.linear(projected, self.directions)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from geocentroids_fit.pretrain.checkpoint import State, load_state, save_state
 from geocentroids_fit.pretrain.config import PATCH_PX, PretrainConfig
 from geocentroids_fit.pretrain.curve import draw_curve
 from geocentroids_fit.pretrain.learner import Learner, normalised, token_maps
-from geocentroids_fit.pretrain.model import start
+from geocentroids_fit.pretrain.model import Student, start
 from geocentroids_fit.pretrain.scenes import Scenes, read_scenes
 from geocentroids_fit.pretrain.targets import join, sample, standard_of, texture_maps
 from geocentroids_fit.pretrain.views import Sampler
@@ -80,7 +80,7 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None]) -> None:
         state.averaged.student.save(learnt)
     if state.step < config.steps:
         say("second stage: tokens of whole images are computed")
-        teacher = Learner(config, bank[0].shape[-1]).student.to(device)
+        teacher = Student(config.model).run_on(device)
         teacher.load(learnt)
         targets = join(bank, token_maps(teacher, scenes.scenes, config), scenes.scenes, config.seed)
         train.run_steps(
@@ -130,6 +130,7 @@ def _fresh(config: PretrainConfig, sampler: Sampler, statistics: int, device: to
     side = pixels.shape[-1] // PATCH_PX
     patches = pixels.unflatten(2, (side, PATCH_PX)).unflatten(4, (side, PATCH_PX)).permute(0, 2, 4, 1, 3, 5)
     start(learner.student, patches.flatten(0, 2))
+    learner.student.run_on(device)
     return State.fresh(learner.to(device), config.learning_rate, config.weight_decay)
 
 

@@ -37,8 +37,9 @@ TEACHER_STRENGTH = 0.4
 """How far cameras of the teacher's views differ, as a share of the student's."""
 MASKED_SHARE, MAX_MASKED = 0.6, 0.65
 """Views with hidden patches, and the largest share of patches hidden in one."""
-HIDDEN_WEIGHT, SAME_WEIGHT = 0.5, 0.5
-"""Of the losses on prototypes; that on statistics weighs 1."""
+HIDDEN_WEIGHT, SAME_WEIGHT = 0.1, 0.1
+"""Of the losses on prototypes; that on statistics weighs 1. With 0.5 texture is not learnt in the first steps, and what
+prototypes could be made of is missing."""
 MAX_DEVIATIONS = 5.0
 """Statistics farther from their mean count as this far."""
 SETTLE_STRENGTH = 0.5

@@ -180,7 +180,8 @@ def other_camera(pixels: Tensor, strength: float, rng: np.random.Generator) -> T
     grey = pixels.mean(1, keepdim=True)
     pixels = grey + (pixels - grey) * torch.exp(uniform(-0.7, 0.4))
     pixels = pixels * torch.exp(uniform(-0.13, 0.13, 3)) + uniform(-0.04, 0.04, 3)
-    noise = torch.from_numpy(rng.standard_normal(tuple(pixels.shape), np.float32)).to(pixels.device)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    noise = torch.randn(pixels.shape, generator=generator)
     pixels = (pixels + noise * uniform(0, 0.03)).clamp(0, 1)
     return torch.stack([_jpeg(view, rng) if rng.random() < 0.25 * strength else view for view in pixels])
 
