@@ -20,12 +20,15 @@ REACHES = (1.0, 2.5, 6.0)
 """How far heads look at first, in patches, in turn."""
 SHARPNESS = 4.0
 """How much more a head attends to the patch itself than to one far away, at first: the logarithm."""
-WHITENING_FLOOR, FLOOR_DIRECTION = 0.02, 8
+WHITENING_FLOOR, FLOOR_DIRECTION = 0.002, 8
 """Share of the variance of one of the first directions that is added to all before patches are whitened, so that the
 finest detail, which is mostly noise, does not become as loud as the rest."""
-WHITENED_STD = 0.7
+WHITENED_STD = 0.8
 LINEAR_STD = 0.7
 """Standard deviation of first weights, times the root of how many a value is the sum of."""
+LAYER_SCALE = 0.3
+RECTIFIER_GAIN = 2.0
+"""How steep the first layer's rectifiers are at first."""
 
 
 class Student(nn.Module):
@@ -43,7 +46,7 @@ class Student(nn.Module):
                 image_size=config.grid_patches * PATCH_PX,
                 patch_size=PATCH_PX,
                 num_register_tokens=config.registers,
-                layerscale_value=0.3,
+                layerscale_value=LAYER_SCALE,
             ),
         )
 
@@ -90,7 +93,7 @@ class Student(nn.Module):
 
 @torch.no_grad()
 def start(student: Student, patches: Tensor) -> None:
-    """Set first weights: patches whitened, heads that look near, and places that do not reach the tokens.
+    """Set first weights: whitened patches, their energies, heads that look near, places that do not reach the tokens.
 
     Args:
         student: the model.
@@ -128,6 +131,10 @@ def start(student: Student, patches: Tensor) -> None:
     embed.position_embeddings[:, 1:] = place.flatten(0, 1)
     student.model.layernorm.weight[content:] = 0
 
+    first = student.model.encoder.layer[0]
+    first.layer_scale2.lambda1.fill_(1.0)
+    rectify(first.mlp, content)
+
     head = width // student.config.heads
     for layer in student.model.encoder.layer:
         attention = layer.attention
@@ -137,6 +144,22 @@ def start(student: Student, patches: Tensor) -> None:
             for linear in (attention.q_proj, attention.k_proj):
                 linear.weight[rows] = 0
                 linear.weight[rows, content:] = torch.diag(strength.sqrt())
+
+
+@torch.no_grad()
+def rectify(mlp: nn.Module, content: int) -> None:
+    """Let pairs of hidden units begin as the two halves of a rectifier of one whitened direction each.
+
+    Texture is energy, whatever its sign. A layer that begins at random is nearly linear and takes thousands of steps to
+    find that out; this one tells energies from the start.
+    """
+    mlp.fc1.weight[: 2 * content] = 0
+    mlp.fc1.weight[:content, :content] = RECTIFIER_GAIN * torch.eye(content)
+    mlp.fc1.weight[content : 2 * content, :content] = -RECTIFIER_GAIN * torch.eye(content)
+    mlp.fc1.bias.zero_()
+    out = torch.randn(mlp.fc2.out_features, content) / math.sqrt(content)
+    mlp.fc2.weight[:, :content] = out
+    mlp.fc2.weight[:, content : 2 * content] = out
 
 
 def _kernel(reach: float) -> Tensor:

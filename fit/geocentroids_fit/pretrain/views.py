@@ -26,7 +26,7 @@ BEYOND_SHARE = 0.15
 CUT_SHARE = 0.15
 """Views of which a part is cut away, as beside a collar."""
 AREA_POWER = 0.5
-"""How often an image is seen grows with its area to this power."""
+"""How often images of a folder are seen grows with their area to this power."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ class Sampler:
 
     def __init__(self, scenes: Sequence[Scene], patch_px: int) -> None:
         self._scenes, self._patch_px = scenes, patch_px
-        area: dict[str, int] = {}
-        for scene in scenes:
-            area[scene.image] = area.get(scene.image, 0) + int(scene.labelled.sum())
+        folders = [scene.image.rpartition("/")[0] for scene in scenes]
         own = np.array([scene.labelled.sum() for scene in scenes], np.float64)
-        whole = np.array([area[scene.image] for scene in scenes], np.float64)
+        area: dict[str, float] = {}
+        for folder, patches in zip(folders, own, strict=True):
+            area[folder] = area.get(folder, 0.0) + patches
+        whole = np.array([area[folder] for folder in folders])
         chance = own / whole * whole**AREA_POWER
         self._chance = chance / chance.sum()
         self._places = [np.argwhere(scene.labelled) for scene in scenes]
