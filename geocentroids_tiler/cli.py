@@ -116,7 +116,7 @@ def codebook_pull(name: str, revision: str | None, force: bool) -> None:
     "--margin", "margin_patches", type=int, default=3, show_default=True, help="Patches dropped on each side."
 )
 @click.option(
-    "--stride", "stride_patches", type=int, help="Patches between windows.  [default: window - 2 x margin, no overlap]"
+    "--stride", "stride_patches", type=int, help="Patches between windows.  [default: half of window - 2 x margin]"
 )
 @click.option(
     "--metric", type=click.Choice(["inner_product", "l2", "cosine"]), default="inner_product", show_default=True

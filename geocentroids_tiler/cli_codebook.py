@@ -23,7 +23,8 @@ def preprocess_section(options: dict[str, Any]) -> PreprocessSection:
         InputError: if a value is not allowed.
     """
     values = {key: value for key in _PREPROCESS_OPTIONS if (value := options.pop(key)) is not None}
-    values.setdefault("stride_patches", max(1, values["window_patches"] - 2 * values["margin_patches"]))
+    core = values["window_patches"] - 2 * values["margin_patches"]
+    values.setdefault("stride_patches", max(1, core // 2 if core % 2 == 0 else core))  # half of the core blends
     try:
         return PreprocessSection(**values)
     except ValidationError as error:

@@ -127,9 +127,12 @@ def test_import_and_show(arrays: list[str], library: Path) -> None:
     assert run("codebook", "import", *arrays, *options.split(), "--force").exit_code == 0
 
 
-def test_import_without_stride_uses_the_core(arrays: list[str], library: Path) -> None:
-    run("codebook", "import", *arrays, *["--name", "mine", "--encoder", "a/b", "--gsd", "0.5"])
-    assert load_codebook(library / "mine").manifest.preprocess.stride_patches == 10
+@pytest.mark.parametrize(("window", "stride"), [(16, 5), (15, 9), (32, 13)])
+def test_import_without_stride_blends_where_the_core_has_a_half(
+    arrays: list[str], library: Path, window: int, stride: int
+) -> None:
+    run("codebook", "import", *arrays, *f"--name mine --encoder a/b --gsd 0.5 --window {window}".split())
+    assert load_codebook(library / "mine").manifest.preprocess.stride_patches == stride
 
 
 @pytest.mark.parametrize(

@@ -365,7 +365,7 @@ def test_pulls_the_known_codebook(published: StandIn, remotes: Remotes, library:
         sha256=hashlib.sha256(WEIGHTS).hexdigest(),
     )
     assert manifest.preprocess == PreprocessSection(
-        gsd_m=0.21875, resampling="cubic", window_patches=16, margin_patches=3, stride_patches=10
+        gsd_m=0.21875, resampling="cubic", window_patches=16, margin_patches=3, stride_patches=5
     )
     assert manifest.assignment == AssignmentSection(metric="inner_product")
     assert manifest.licence == "MIT"

@@ -50,14 +50,18 @@ def test_views_are_turned_scaled_aligned_and_cut() -> None:
     views = draw(ramp_scene(), 200, 8)
     down = views.centres[:, 1, 0] - views.centres[:, 0, 0]  # one patch further in the view, on the ground: (B, 2)
     right = views.centres[:, 0, 1] - views.centres[:, 0, 0]
-    turns = {tuple(torch.sign(torch.cat([a, b]).round(decimals=3)).int().tolist()) for a, b in zip(down, right)}
+    turns = {
+        tuple(torch.sign(torch.cat([a, b]).round(decimals=3)).int().tolist()) for a, b in zip(down, right, strict=True)
+    }
     assert len(turns) == 8
     step = down.norm(dim=-1)
-    assert step.min() >= 0.77 and step.max() <= 1.21
+    assert step.min() >= 0.77
+    assert step.max() <= 1.21
     on_grid = (views.centres == views.centres.round()).flatten(1).all(1)
     assert 0.3 < on_grid.float().mean() < 0.5
     share = views.valid.float().mean((1, 2))
-    assert (share == 1).float().mean() > 0.6 and (share < 0.9).float().mean() > 0.05
+    assert (share == 1).float().mean() > 0.6
+    assert (share < 0.9).float().mean() > 0.05
     assert views.valid.flatten(1).any(1).float().mean() > 0.97
 
 
@@ -74,18 +78,22 @@ def test_scenes_smaller_than_a_view_are_continued() -> None:
     inside = ((views.centres > -0.3) & (views.centres < torch.tensor([4.3, 3.3]))).all(-1)
     assert not views.valid[~((views.centres > -0.8) & (views.centres < torch.tensor([4.8, 3.8]))).all(-1)].any()
     assert views.valid[inside].float().mean() > 0.8  # the rest is cut away
-    assert views.pixels.amin() >= 0.0 and (views.pixels[:, 2] > 0.3).all()
+    assert views.pixels.amin() >= 0.0
+    assert (views.pixels[:, 2] > 0.3).all()
 
 
 def test_draws_depend_on_the_generator_alone() -> None:
     one, again, other = (draw(ramp_scene(), 5, 8, seed) for seed in (3, 3, 4))
-    assert torch.equal(one.pixels, again.pixels) and torch.equal(one.centres, again.centres)
+    assert torch.equal(one.pixels, again.pixels)
+    assert torch.equal(one.centres, again.centres)
     assert not torch.equal(one.pixels, other.pixels)
 
 
 def test_larger_images_are_seen_more_often_but_not_in_proportion() -> None:
     small, large = ramp_scene(10, 10), ramp_scene(40, 40)
-    sampler = Sampler([small, Scene("large", *[getattr(large, f) for f in ("dataset", "patches", "pixels", "valid", "labelled")])], 14)
+    sampler = Sampler(
+        [small, Scene("large", *[getattr(large, f) for f in ("dataset", "patches", "pixels", "valid", "labelled")])], 14
+    )
     views = sampler.draw(600, 4, np.random.default_rng(0))
     assert 0.75 < np.mean(views.scene) < 0.85  # the roots of 100 and 1,600 are as 1 to 4
 
@@ -104,7 +112,8 @@ def test_pairs_show_the_same_ground() -> None:
     a, b = one.centres.flatten(0, 2)[first], other.centres.flatten(0, 2)[second]
     assert (a - b).norm(dim=-1).max() < SAME_GROUND_PATCHES
     assert torch.equal(first // 64, second // 144)  # of the same pair
-    assert one.valid.flatten()[first].all() and other.valid.flatten()[second].all()
+    assert one.valid.flatten()[first].all()
+    assert other.valid.flatten()[second].all()
     distance = (one.centres[0].reshape(-1, 1, 2) - other.centres[0].reshape(1, -1, 2)).norm(dim=-1)
     best = distance.min(1)
     expected = (best.values < SAME_GROUND_PATCHES) & one.valid[0].flatten() & other.valid[0].flatten()[best.indices]
@@ -115,7 +124,9 @@ def test_other_cameras_change_what_is_seen_within_bounds() -> None:
     pixels = draw(ramp_scene(), 16, 8).pixels
     assert other_camera(pixels, 0, np.random.default_rng(0)) is pixels
     seen = other_camera(pixels, 1, np.random.default_rng(0))
-    assert seen.shape == pixels.shape and seen.amin() >= 0 and seen.amax() <= 1
+    assert seen.shape == pixels.shape
+    assert seen.amin() >= 0
+    assert seen.amax() <= 1
     changes = (seen - pixels).abs().mean((1, 2, 3))
     assert changes.min() > 0.005
     weak = (other_camera(pixels, 0.3, np.random.default_rng(0)) - pixels).abs().mean()

@@ -50,7 +50,7 @@ def autocast(device: torch.device, config: PretrainConfig) -> AbstractContextMan
 
 @torch.no_grad()
 def token_maps(student: Student, scenes: Sequence[Scene], config: PretrainConfig) -> list[Tensor]:
-    """Return the tokens of whole scenes, blended over windows that overlap by half; each of shape (R, C, D), on the CPU.
+    """Return the tokens of whole scenes, blended over windows that overlap by half: (R, C, D) each, on the CPU.
 
     A patch's tokens count the more, the farther it lies from the border of their window.
     """

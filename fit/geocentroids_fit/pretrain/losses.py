@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from geocentroids_fit.pretrain.views import Views
 
@@ -31,13 +31,13 @@ class Prototypes(nn.Module):
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
         self.project = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, PROJECTED))
-        self.register_buffer("directions", F.normalize(torch.randn(count, PROJECTED), dim=1))
+        self.register_buffer("directions", functional.normalize(torch.randn(count, PROJECTED), dim=1))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return scores of shape (n, count) of tokens of shape (n, D)."""
         projected = self.project(tokens).float()
-        projected = F.normalize(F.batch_norm(projected, None, None, training=True), dim=-1)
-        return F.linear(projected, self.directions)
+        projected = functional.normalize(functional.batch_norm(projected, None, None, training=True), dim=-1)
+        return functional.linear(projected, self.directions)
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def surprise(guess: Tensor, shares: Tensor) -> Tensor:
     """Return the mean cross-entropy of scores (n, K) to soft assignments (n, K)."""
     if not len(guess):
         return guess.sum()
-    return -(shares * F.log_softmax(guess.float() / STUDENT_TEMPERATURE, dim=-1)).sum(-1).mean()
+    return -(shares * functional.log_softmax(guess.float() / STUDENT_TEMPERATURE, dim=-1)).sum(-1).mean()
 
 
 def same_ground(one: Views, other: Views) -> tuple[Tensor, Tensor]:

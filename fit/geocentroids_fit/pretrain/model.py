@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class Student(nn.Module):
         for layer in model.encoder.layer:
             hidden = layer(hidden)
         tokens: Tensor = model.layernorm(hidden[:, 1 + self.config.registers :])
-        return tokens.unflatten(1, (side, side))
+        return tokens.reshape(count, side, side, -1)
 
     def run_on(self, device: torch.device) -> Student:
         """Move to a device, with the attention that is fastest there: on a CPU plain products are."""
@@ -147,7 +148,7 @@ def start(student: Student, patches: Tensor) -> None:
 
 
 @torch.no_grad()
-def rectify(mlp: nn.Module, content: int) -> None:
+def rectify(mlp: Any, content: int) -> None:
     """Let pairs of hidden units begin as the two halves of a rectifier of one whitened direction each.
 
     Texture is energy, whatever its sign. A layer that begins at random is nearly linear and takes thousands of steps to

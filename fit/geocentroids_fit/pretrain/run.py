@@ -128,7 +128,7 @@ def _fresh(config: PretrainConfig, sampler: Sampler, statistics: int, device: to
     rng = np.random.default_rng(config.seed)
     pixels = normalised(sampler.draw(FIRST_VIEWS, min(config.sides), rng).pixels, config)  # (B, 3, S, S)
     side = pixels.shape[-1] // PATCH_PX
-    patches = pixels.unflatten(2, (side, PATCH_PX)).unflatten(4, (side, PATCH_PX)).permute(0, 2, 4, 1, 3, 5)
+    patches = pixels.reshape(-1, 3, side, PATCH_PX, side, PATCH_PX).permute(0, 2, 4, 1, 3, 5)
     start(learner.student, patches.flatten(0, 2))
     learner.student.run_on(device)
     return State.fresh(learner.to(device), config.learning_rate, config.weight_decay)

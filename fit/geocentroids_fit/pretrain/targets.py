@@ -1,7 +1,7 @@
 """What is taught at the end: a unit vector for each patch of the ground.
 
-It joins two descriptions, the bank of statistics and the tokens of the encoder as it is by then, both computed for whole
-images: tokens are blended over windows that overlap, so that what is taught knows of no window.
+It joins two descriptions, the bank of statistics and the tokens of the encoder as it is by then, both computed for
+whole images: tokens are blended over windows that overlap, so that what is taught knows of no window.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from geocentroids_fit.pretrain.scenes import Scene
 from geocentroids_fit.pretrain.texture import texture_bank
@@ -79,7 +79,10 @@ def join(bank: Sequence[Tensor], tokens: Sequence[Tensor], scenes: Sequence[Scen
     scales = [standard_of(sample(maps, scenes, seed)) for maps in (bank, tokens)]
 
     def joined(of_bank: Tensor, of_tokens: Tensor) -> Tensor:
-        return torch.cat([F.normalize(scales[0](of_bank), dim=-1), F.normalize(scales[1](of_tokens), dim=-1)], dim=-1)
+        return torch.cat(
+            [functional.normalize(scales[0](of_bank), dim=-1), functional.normalize(scales[1](of_tokens), dim=-1)],
+            dim=-1,
+        )
 
     some_tokens = sample(tokens, scenes, seed)
     both = joined(sample(bank, scenes, seed), some_tokens)  # (n, F + D)
@@ -89,6 +92,6 @@ def join(bank: Sequence[Tensor], tokens: Sequence[Tensor], scenes: Sequence[Scen
     u, _, v = torch.linalg.svd(((both - mean) @ directions).T @ (some_tokens - some_tokens.mean(0)))
     matrix = directions @ u @ v
     return [
-        F.normalize((joined(one, other) - mean) @ matrix, dim=-1).half()
+        functional.normalize((joined(one, other) - mean) @ matrix, dim=-1).half()
         for one, other in zip(bank, tokens, strict=True)
     ]

@@ -9,8 +9,8 @@ import math
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 PATCH_PX = 14
 LUMINANCE = (0.299, 0.587, 0.114)
@@ -59,14 +59,14 @@ def texture_bank(pixels: Tensor) -> Tensor:
         ],
         dim=1,
     )  # (B, f, rows, cols)
-    near = F.avg_pool2d(F.pad(own, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    near = functional.avg_pool2d(functional.pad(own, (1, 1, 1, 1), mode="replicate"), 3, 1)
     return torch.cat([own, near], dim=1)
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each patch."""
-    mean = F.avg_pool2d(values, PATCH_PX)
-    return mean, (F.avg_pool2d(values**2, PATCH_PX) - mean**2).clamp_min(0).sqrt()
+    mean = functional.avg_pool2d(values, PATCH_PX)
+    return mean, (functional.avg_pool2d(values**2, PATCH_PX) - mean**2).clamp_min(0).sqrt()
 
 
 def _energies(pixels: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def _energies(pixels: Tensor) -> Tensor:
     for wavelength in WAVELENGTHS_PX:
         filters = _gabor(wavelength).to(pixels.device)  # (2 * ORIENTATIONS, 1, n, n)
         reach = filters.shape[-1] // 2
-        even, odd = F.conv2d(F.pad(grey, (reach,) * 4, mode="replicate"), filters).chunk(2, dim=1)
-        energy = F.avg_pool2d((even**2 + odd**2).sqrt(), PATCH_PX)  # (B, ORIENTATIONS, rows, cols)
+        even, odd = functional.conv2d(functional.pad(grey, (reach,) * 4, mode="replicate"), filters).chunk(2, dim=1)
+        energy = functional.avg_pool2d((even**2 + odd**2).sqrt(), PATCH_PX)  # (B, ORIENTATIONS, rows, cols)
         ordered = torch.log(energy.sort(dim=1, descending=True).values + STILL)
         found += [ordered[:, :1], ordered[:, 1:-1].mean(1, keepdim=True), ordered[:, -1:]]
     return torch.cat(found, dim=1)

@@ -1,9 +1,9 @@
 """The training: self-distillation first, then fixed targets made of what was learnt.
 
-In the first stage a student sees two views of the same ground, changed and partly hidden, and has to tell the statistics
-of each patch as they really are, which prototype a teacher (the running mean of its weights) gives the hidden patches,
-and which one it gives the same ground in the other view. In the second stage the targets are unit vectors that are
-computed once for whole images (``targets.py``), so that tokens no longer depend on their window.
+In the first stage a student sees two views of the same ground, changed and partly hidden, and has to tell the
+statistics of each patch as they really are, which prototype a teacher (the running mean of its weights) gives the
+hidden patches, and which one it gives the same ground in the other view. In the second stage the targets are unit
+vectors that are computed once for whole images (``targets.py``), so that tokens no longer depend on their window.
 
 Source:
     Zhou et al., "iBOT", ICLR 2022 (hidden patches); Wei et al., "Masked feature prediction", CVPR 2022 (statistics).
@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from geocentroids_fit.images import ahead
 from geocentroids_fit.pretrain.checkpoint import State
@@ -49,6 +50,7 @@ SETTLE_RATE = 0.5
 LOG_EVERY = 25
 
 Log = Callable[[dict[str, float]], None]
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _masks(count: int, side: int, rng: np.random.Generator) -> Tensor:
     """Return which patches are hidden: the lowest of a field that is smooth over some patches."""
     shares = rng.uniform(0, MAX_MASKED, count) * (rng.random(count) < MASKED_SHARE)
     coarse = torch.from_numpy(rng.standard_normal((count, 1, max(2, side // 3), max(2, side // 3)), np.float32))
-    field = F.interpolate(coarse, (side, side), mode="bilinear")[:, 0]
+    field = functional.interpolate(coarse, (side, side), mode="bilinear")[:, 0]
     field = field + 0.35 * torch.from_numpy(rng.standard_normal((count, side, side), np.float32))
     rank = field.flatten(1).argsort(1).argsort(1)  # (B, N * N)
     return (rank < torch.from_numpy(shares)[:, None] * side**2).view(count, side, side)
@@ -137,12 +139,12 @@ def learn_losses(
                 taught = state.averaged.student(seen.teacher.to(device), None, seen.origin).flatten(0, 2)
                 codes.append(state.averaged.prototypes(taught))
         statistics = [state.learner.bank(own).float() for own in tokens]
-    shares = sinkhorn(torch.cat(codes), temperature).split([len(code) for code in codes])
+    shares = torch.split(sinkhorn(torch.cat(codes), temperature), [len(code) for code in codes])
     valid = [seen.views.valid.flatten().to(device) for seen in pair]
     errors = []
     for seen, found, known in zip(pair, statistics, valid, strict=True):
         wanted = sample_maps(bank, seen.views).flatten(0, 2).to(device).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
-        errors.append(F.smooth_l1_loss(found[known], wanted[known], reduction="none").mean(-1))
+        errors.append(functional.smooth_l1_loss(found[known], wanted[known], reduction="none").mean(-1))
     hidden = [seen.masked.flatten().to(device) & known for seen, known in zip(pair, valid, strict=True)]
     first, second = (at.to(device) for at in same_ground(pair[0].views, pair[1].views))
     return {
@@ -169,7 +171,7 @@ def settle_losses(state: State, seen: Seen, targets: Sequence[Tensor], config: P
         tokens = state.learner.student(seen.student.to(device), None, seen.origin)
     known = seen.views.valid
     wanted = sample_maps(targets, seen.views)[known].to(device)
-    return {"distance": 1 - F.cosine_similarity(tokens.float()[known.to(device)], wanted, dim=-1).mean()}
+    return {"distance": 1 - functional.cosine_similarity(tokens.float()[known.to(device)], wanted, dim=-1).mean()}
 
 
 WEIGHTS = {"statistics": 1.0, "hidden": HIDDEN_WEIGHT, "same": SAME_WEIGHT, "distance": 1.0}
@@ -187,8 +189,8 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
 def run_steps(
     state: State,
     stop: int,
-    draw: Callable[[int], Seen | tuple[Seen, Seen]],
-    losses: Callable[[Seen | tuple[Seen, Seen]], dict[str, Tensor]],
+    draw: Callable[[int], S],
+    losses: Callable[[S], dict[str, Tensor]],
     averaged_steps: int,
     config: PretrainConfig,
     log: Log,
@@ -215,7 +217,7 @@ def run_steps(
                 group["lr"] = rate
             found = losses(drawn.result())
             state.optimizer.zero_grad(set_to_none=True)
-            torch.stack([WEIGHTS[name] * value for name, value in found.items()]).sum().backward()
+            torch.autograd.backward(torch.stack([WEIGHTS[name] * value for name, value in found.items()]).sum())
             torch.nn.utils.clip_grad_norm_(state.learner.parameters(), MAX_GRADIENT)
             state.optimizer.step()
             state.step = step + 1

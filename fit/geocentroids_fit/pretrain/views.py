@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from geocentroids_fit.pretrain.scenes import Scene
 from geocentroids_tiler.source.fill import fill_invalid
@@ -103,9 +103,11 @@ class Sampler:
         if not valid.all():
             pixels = fill_invalid(pixels, valid) if valid.any() else pixels
         view = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255
-        known = F.interpolate(torch.from_numpy(valid)[None, None].float(), (side, side), mode="area")[0, 0] >= 0.5
+        known = (
+            functional.interpolate(torch.from_numpy(valid)[None, None].float(), (side, side), mode="area")[0, 0] >= 0.5
+        )
         if ground != side * n:
-            view = F.interpolate(view, (side * n, side * n), mode="bilinear", antialias=True).clamp(0, 1)
+            view = functional.interpolate(view, (side * n, side * n), mode="bilinear", antialias=True).clamp(0, 1)
         steps = (torch.arange(side) + 0.5) * ground / side
         centres = torch.stack(torch.meshgrid(steps + int(first[0]), steps + int(first[1]), indexing="ij"), dim=-1)
         turn = int(rng.integers(8))
@@ -194,8 +196,8 @@ def _coarser(view: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     side = view.shape[-1]
     small = round(side / rng.uniform(1.15, 2.4))
     mode = "bicubic" if rng.random() < 0.5 else "bilinear"
-    coarse = F.interpolate(view[None], (small, small), mode="bilinear", antialias=True)
-    return F.interpolate(coarse, (side, side), mode=mode)[0].clamp(0, 1)
+    coarse = functional.interpolate(view[None], (small, small), mode="bilinear", antialias=True)
+    return functional.interpolate(coarse, (side, side), mode=mode)[0].clamp(0, 1)
 
 
 def _jpeg(view: Tensor, rng: np.random.Generator) -> Tensor:
