@@ -95,7 +95,7 @@ def test_heads_look_near_at_first() -> None:
     effect = (made(changed) - before).norm(dim=-1)[0]  # (12, 12)
     near = torch.cat([effect[5:8, 5:8].flatten()[:4], effect[5:8, 5:8].flatten()[5:]]).mean()
     far = torch.cat([effect[:2].flatten(), effect[-2:].flatten()]).mean()
-    assert near > 2 * far  # measured: 3.7 times
+    assert near > 2 * far  # measured: 32 times
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def test_the_place_in_the_grid_hardly_shows_in_first_tokens() -> None:
     pixels = torch.randn(4, 3, 112, 112)
     one, other = made(pixels, None, (0, 0)), made(pixels, None, (9, 14))
     between = (one[0] - one[1]).norm(dim=-1).mean()
-    assert (one - other).norm(dim=-1).mean() < 0.6 * between
+    assert (one - other).norm(dim=-1).mean() < 0.5 * between  # measured: 0.27
 
 
 def test_sinkhorn_uses_all_prototypes_alike() -> None:
@@ -216,7 +216,7 @@ def train(imagery: Path, out: Path, said: list[str] | None = None, **options: ob
 @pytest.fixture(scope="module")
 def trained(imagery: Path) -> Path:
     out = imagery.parent / "encoder"
-    said = train(imagery, out, learn_steps=60)
+    said = train(imagery, out, learn_steps=60, settle_steps=60)
     assert any(line.startswith("left out: text.tif") for line in said)
     return out
 
@@ -227,9 +227,9 @@ def test_a_training_gives_a_dinov2_that_learnt_something(trained: Path) -> None:
     assert transformers.AutoModel.from_pretrained(trained).config.num_register_tokens == 4
     work = trained.with_name("encoder.work")
     lines = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [25, 50, 60, 75, 80]
-    assert lines[2]["statistics"] < 0.9 * lines[0]["statistics"]  # measured: 0.62
-    assert lines[-1]["distance"] < 0.9 * lines[3]["distance"]
+    assert [line["step"] for line in lines] == [25, 50, 60, 75, 100, 120]
+    assert lines[2]["statistics"] < 0.95 * lines[0]["statistics"]  # measured: 0.84
+    assert lines[-1]["distance"] < 0.95 * lines[3]["distance"]
     assert (work / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert (work / "learnt" / "model.safetensors").is_file()
 
@@ -300,3 +300,9 @@ def test_images_without_data_are_refused(tmp_path: Path) -> None:
     (tmp_path / "images" / "text.tif").write_text("no image")
     with pytest.raises(InputError, match=r"no patch of the 1 images has data \(text.tif"):
         train(tmp_path / "images", tmp_path / "out")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_it_trains_on_a_gpu(imagery: Path, tmp_path: Path) -> None:
+    train(imagery, tmp_path / "made", device="cuda")
+    assert (tmp_path / "made" / "model.safetensors").is_file()

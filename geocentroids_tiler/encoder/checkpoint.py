@@ -104,7 +104,7 @@ def load_model(checkpoint: Checkpoint, attention: str) -> Any:
         EncoderError: if weights are missing or do not fit.
     """
     try:
-        with _quiet():
+        with quiet():
             model, loading = transformers.AutoModel.from_pretrained(
                 str(checkpoint.path),
                 use_safetensors=True,
@@ -142,8 +142,8 @@ def _fetch(source: str, revision: str | None, local_files_only: bool) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers: what matters of its load report is checked and raised by the caller."""
+def quiet() -> Iterator[None]:
+    """Silence transformers while it loads or saves; what matters of its report is checked and raised by the caller."""
     log = transformers.utils.logging
     level, bars, hub_bars_off = log.get_verbosity(), log.is_progress_bar_enabled(), are_progress_bars_disabled()
     log.set_verbosity(log.CRITICAL)

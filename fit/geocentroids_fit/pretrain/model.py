@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from geocentroids_fit.pretrain.config import PATCH_PX, ModelConfig
-from geocentroids_tiler.encoder.checkpoint import load_model, locate_checkpoint
+from geocentroids_tiler.encoder.checkpoint import load_model, locate_checkpoint, quiet
 
 PLACE_DIMS = 16
 """Channels of the residual stream that tell the place in the window at first."""
@@ -85,7 +85,8 @@ class Student(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
-        self.model.save_pretrained(folder)
+        with quiet():
+            self.model.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
         """Take the weights that ``save`` wrote."""
