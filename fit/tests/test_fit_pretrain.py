@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -234,24 +235,60 @@ def test_a_training_gives_a_dinov2_that_learnt_something(trained: Path) -> None:
     assert (work / "learnt" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("at", [25, 50])
-def test_a_training_that_was_ended_comes_to_the_same_weights(imagery: Path, tmp_path: Path, at: int) -> None:
-    class EndedError(Exception):
-        pass
+class EndedError(Exception):
+    pass
 
-    class Until(list[str]):
-        def append(self, line: str) -> None:
-            super().append(line)
-            if line.startswith(f"step {at} "):
-                raise EndedError
 
+class Until(list[str]):
+    """Ends a training when it says something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def append(self, line: str) -> None:
+        super().append(line)
+        if line.startswith(self.text):
+            raise EndedError
+
+
+@pytest.mark.parametrize("text", ["step 25 ", "second stage", "step 50 "])
+def test_a_training_that_was_ended_comes_to_the_same_weights(imagery: Path, tmp_path: Path, text: str) -> None:
     train(imagery, tmp_path / "straight", keep_every_s=0)
     with pytest.raises(EndedError):
-        train(imagery, tmp_path / "ended", Until(), keep_every_s=0)
+        train(imagery, tmp_path / "ended", Until(text), keep_every_s=0)
+    with (tmp_path / "ended.work" / "log.jsonl").open("a") as log:
+        log.write('{"step": 2')  # torn by a kill
     said = train(imagery, tmp_path / "ended", keep_every_s=0)
     assert any("goes on after step" in line for line in said)
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "ended"))
     assert one == other
+
+
+def test_a_training_that_begins_anew_keeps_nothing_of_an_earlier_one(imagery: Path, tmp_path: Path) -> None:
+    train(imagery, tmp_path / "fresh")
+    with pytest.raises(EndedError):
+        train(imagery, tmp_path / "made", Until("step 50 "), seed=1)
+    (tmp_path / "made.work" / "state.safetensors").unlink()
+    train(imagery, tmp_path / "made")
+    for name in ("model.safetensors", "../made.work/learnt/model.safetensors"):
+        other = name.replace("made.work", "fresh.work")
+        assert (tmp_path / "made" / name).read_bytes() == (tmp_path / "fresh" / other).read_bytes()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "made.work" / "log.jsonl").read_text().splitlines()]
+    assert steps == [25, 30, 50]
+
+
+def test_a_second_stage_without_the_first_one_s_result_is_refused(imagery: Path, tmp_path: Path) -> None:
+    with pytest.raises(EndedError):
+        train(imagery, tmp_path / "made", Until("step 50 "), keep_every_s=0)
+    shutil.rmtree(tmp_path / "made.work" / "learnt")
+    with pytest.raises(InputError, match="is gone, which the second stage learns from"):
+        train(imagery, tmp_path / "made", keep_every_s=0)
+
+
+def test_weights_are_not_spoilt_by_values_that_are_not_finite(imagery: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the gradient is (nan|inf) at step \d+; a lower learning rate"):
+        train(imagery, tmp_path / "made", learning_rate=1e30, precision="fp32")
 
 
 def run(*arguments: object) -> Result:
@@ -271,7 +308,9 @@ def test_the_command_trains(imagery: Path, tmp_path: Path) -> None:
 
 def test_values_that_are_not_accepted_are_named(imagery: Path, tmp_path: Path) -> None:
     for options, text in (
-        (["--width", 65], "65"),
+        (["--width", 65], "a width of 65 is not shared by 3 heads"),
+        (["--width", 600], "width"),
+        (["--gsd", 200], "gsd_m"),
         (["--learn-steps", 0], "learn_steps"),
         (["--exclude", "*"], "no GeoTIFF"),
         (["--device", "tpu"], "tpu"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -89,13 +91,15 @@ def test_draws_depend_on_the_generator_alone() -> None:
     assert not torch.equal(one.pixels, other.pixels)
 
 
-def test_larger_images_are_seen_more_often_but_not_in_proportion() -> None:
-    small, large = ramp_scene(10, 10), ramp_scene(40, 40)
-    sampler = Sampler(
-        [small, Scene("large", *[getattr(large, f) for f in ("dataset", "patches", "pixels", "valid", "labelled")])], 14
-    )
-    views = sampler.draw(600, 4, np.random.default_rng(0))
-    assert 0.75 < np.mean(views.scene) < 0.85  # the roots of 100 and 1,600 are as 1 to 4
+def test_larger_folders_are_seen_more_often_but_not_in_proportion() -> None:
+    def named(name: str, side: int) -> Scene:
+        return replace(ramp_scene(side, side), image=name)
+
+    scenes = [named("small/a", 10), named("large/a", 40), named("large/b", 20)]
+    views = Sampler(scenes, 14).draw(900, 4, np.random.default_rng(0))
+    share = np.bincount(views.scene, minlength=3) / 900
+    # the roots of 100 and 2,000 are as 1 to 4.47; within a folder 1,600 and 400 are as 4 to 1
+    np.testing.assert_allclose(share, [0.183, 0.654, 0.163], atol=0.04)
 
 
 def test_maps_are_sampled_at_the_middles() -> None:
@@ -118,6 +122,21 @@ def test_pairs_show_the_same_ground() -> None:
     best = distance.min(1)
     expected = (best.values < SAME_GROUND_PATCHES) & one.valid[0].flatten() & other.valid[0].flatten()[best.indices]
     assert int((first < 64).sum()) == int(expected.sum())
+
+
+def test_pairs_are_found_far_from_the_corner() -> None:
+    one, other = Sampler([ramp_scene()], 14).draw_pairs(4, (8, 12), np.random.default_rng(1))
+    far = [replace(views, centres=views.centres + 4000) for views in (one, other)]
+    assert all(torch.equal(a, b) for a, b in zip(same_ground(one, other), same_ground(*far), strict=True))
+
+
+def test_views_show_the_place_they_are_drawn_for() -> None:
+    scene = ramp_scene()
+    only = replace(scene, labelled=np.zeros_like(scene.labelled))
+    only.labelled[17, 31] = True
+    views = Sampler([only], 14).draw(100, 4, np.random.default_rng(0))
+    near = (views.centres - torch.tensor([17.0, 31.0])).norm(dim=-1).flatten(1).amin(1)
+    assert near.max() < 0.9
 
 
 def test_other_cameras_change_what_is_seen_within_bounds() -> None:

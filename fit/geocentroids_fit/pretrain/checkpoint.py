@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from geocentroids_fit.files import new_file
@@ -36,9 +36,9 @@ class State:
     @classmethod
     def fresh(cls, learner: Learner, learning_rate: float, weight_decay: float) -> State:
         """Return the state before the first step."""
-        matrices = [p for p in learner.parameters() if p.ndim > 1]
+        decayed = [p for p in learner.parameters() if p.ndim > 1]
         others = [p for p in learner.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
         return cls(learner, copy.deepcopy(learner).requires_grad_(False), optimizer)
 
@@ -61,7 +61,7 @@ def save_state(path: Path, state: State, digest: str) -> None:
     """
     about = {"digest": digest, "step": str(state.step)}
     with new_file(path) as part:
-        save_file({name: value.detach().contiguous().clone() for name, value in _tensors(state)}, part, about)
+        part.write_bytes(save({name: value.detach().cpu().contiguous() for name, value in _tensors(state)}, about))
 
 
 def load_state(path: Path, state: State, digest: str) -> bool:

@@ -21,11 +21,11 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The encoder's size."""
 
-    width: int = Field(default=192, ge=64)
+    width: int = Field(default=192, ge=64, le=588, description="length of a token; a patch has 588 values")
     depth: int = Field(default=6, ge=1)
     heads: int = Field(default=3, ge=1)
     registers: int = Field(default=4, ge=0)
-    grid_patches: int = Field(default=32, ge=8, description="side of the largest window, in patches")
+    grid_patches: int = Field(default=32, ge=8, le=256, description="side of the largest window, in patches")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -44,24 +44,32 @@ class PretrainConfig(_Section):
         exclude: patterns of paths below it to leave out.
         out: directory of the encoder.
         gsd_m: metres on the ground per pixel.
-        per_image: patches that one image gives at most.
+        seed: of everything random.
+        per_image: patches of one image, about, at most: larger ones give random blocks.
+        max_patches: patches of all images, about, at most; about 2 kB of memory each.
+        model: the encoder's size.
         learn_steps: steps of self-distillation.
         settle_steps: steps with fixed targets.
         batch_patches: patches of a step, in both views.
         sides: sides of views, in patches; one is drawn for each step.
         learning_rate: highest, of AdamW.
+        weight_decay: of AdamW, of matrices.
+        warmup_steps: over which the learning rate rises, in each stage.
         strength: how far other cameras differ from the image, from 0 to 1.
         prototypes: how many patches are compared with.
         keep_every_s: seconds between checkpoints.
         workers: threads that draw views.
+        device: auto, cpu, cuda or cuda:N.
+        precision: in which matrices are multiplied.
     """
 
     images: Path
     exclude: tuple[str, ...] = ()
     out: Path
     seed: int = Field(default=0, ge=0)
-    gsd_m: float = Field(default=0.25, gt=0)
+    gsd_m: float = Field(default=0.25, gt=0, le=100)
     per_image: int = Field(default=60_000, ge=1)
+    max_patches: int = Field(default=1_000_000, ge=1)
     model: ModelConfig = ModelConfig()
     learn_steps: int = Field(default=3600, ge=1)
     settle_steps: int = Field(default=1600, ge=0)

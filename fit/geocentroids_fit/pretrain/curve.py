@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,7 +15,9 @@ NOT_LOSSES = ("step", "learning_rate", "seconds")
 
 def draw_curve(log: Path, picture: Path) -> None:
     """Draw each loss of a log over the steps, as PNG."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = list(_lines(log))
+    if not lines:
+        return
     steps = {line["step"]: line for line in lines}  # a training that went on may have done some steps twice
     names = list(dict.fromkeys(name for line in lines for name in line if name not in NOT_LOSSES))
     figure = Figure(figsize=(8, 2.2 * len(names)), layout="constrained")
@@ -26,3 +30,14 @@ def draw_curve(log: Path, picture: Path) -> None:
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("step")
     figure.savefig(picture)
+
+
+def _lines(log: Path) -> Iterator[dict[str, Any]]:
+    """Yield what is in a log; a line that was not finished when the training was ended is left out."""
+    if not log.is_file():
+        return
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue

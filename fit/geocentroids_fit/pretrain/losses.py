@@ -22,8 +22,8 @@ SAME_GROUND_PATCHES = 0.54
 class Prototypes(nn.Module):
     """Scores of tokens against prototypes: cosines of a projection.
 
-    Prototypes are random directions that stay as they are, and projections have no common part. Else a student finds
-    within some steps that it can guess all prototypes alike by making them alike, and takes thousands to leave that.
+    Prototypes are random directions that stay as they are, and projections have no common part. Else a student can
+    make all prototypes alike and guess each of them as often, and soon does.
     """
 
     directions: Tensor
@@ -37,7 +37,8 @@ class Prototypes(nn.Module):
         """Return scores of shape (n, count) of tokens of shape (n, D)."""
         projected = self.project(tokens).float()
         projected = functional.normalize(functional.batch_norm(projected, None, None, training=True), dim=-1)
-        return functional.linear(projected, self.directions)
+        with torch.autocast(tokens.device.type, enabled=False):  # bf16 is too coarse for what a temperature divides
+            return functional.linear(projected, self.directions)
 
 
 @torch.no_grad()
@@ -76,7 +77,8 @@ def same_ground(one: Views, other: Views) -> tuple[Tensor, Tensor]:
     firsts, seconds = [], []
     sizes = one.valid[0].numel(), other.valid[0].numel()
     for number in range(len(one.valid)):
-        distance = torch.cdist(one.centres[number].flatten(0, 1), other.centres[number].flatten(0, 1))
+        middles = one.centres[number].flatten(0, 1), other.centres[number].flatten(0, 1)
+        distance = torch.cdist(*middles, compute_mode="donot_use_mm_for_euclid_dist")  # products lose the digits
         nearest = distance.min(1)
         same = one.valid[number].flatten() & other.valid[number].flatten()[nearest.indices]
         at = torch.nonzero(same & (nearest.values < SAME_GROUND_PATCHES))[:, 0]

@@ -152,8 +152,7 @@ def start(student: Student, patches: Tensor) -> None:
 def rectify(mlp: Any, content: int) -> None:
     """Let pairs of hidden units begin as the two halves of a rectifier of one whitened direction each.
 
-    Texture is energy, whatever its sign. A layer that begins at random is nearly linear and takes thousands of steps to
-    find that out; this one tells energies from the start.
+    Texture is energy, whatever its sign. A layer that begins at random is nearly linear and has to find that out first.
     """
     mlp.fc1.weight[: 2 * content] = 0
     mlp.fc1.weight[:content, :content] = RECTIFIER_GAIN * torch.eye(content)

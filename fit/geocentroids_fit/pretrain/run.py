@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from geocentroids_fit.cluster import find_device
-from geocentroids_fit.files import digest_of
+from geocentroids_fit.files import PART_SUFFIX, digest_of
 from geocentroids_fit.images import ImageFolder, list_images
 from geocentroids_fit.pack import draft_codebook
 from geocentroids_fit.pretrain import train
@@ -30,8 +31,8 @@ from geocentroids_tiler.errors import InputError
 STATE_FILE, LOG_FILE, CURVE_FILE, LEARNT_DIR = "state.safetensors", "log.jsonl", "curve.png", "learnt"
 FIRST_VIEWS = 128
 """Views whose patches the first weights are made of."""
-WITHOUT_RESULT = {"out", "keep_every_s", "workers"}
-"""Settings that change nothing of the result."""
+WITHOUT_RESULT = {"images", "exclude", "out", "keep_every_s", "workers"}
+"""Settings that change nothing of the result; which images are used is told by the images themselves."""
 
 
 def pretrain(config: PretrainConfig, say: Callable[[str], None]) -> None:
@@ -57,11 +58,12 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None]) -> None:
     bank = [standard(own).half() for own in bank]
     sampler = Sampler(scenes.scenes, PATCH_PX)
     state = _fresh(config, sampler, bank[0].shape[-1], device)
-    digest = digest_of(
-        [config.model_dump(mode="json", exclude=WITHOUT_RESULT), [s.dataset.identity for s in scenes.scenes]]
-    )
+    settings = config.model_dump(mode="json", exclude=WITHOUT_RESULT)
+    digest = digest_of([settings, [[scene.image, scene.dataset.identity] for scene in scenes.scenes]])
     if load_state(work / STATE_FILE, state, digest):
         say(f"goes on after step {state.step} of {config.steps}")
+    else:
+        (work / LOG_FILE).unlink(missing_ok=True)
     keep = partial(_keep, work / STATE_FILE, digest)
     log = partial(_log, work / LOG_FILE, say)
     learnt = work / LEARNT_DIR
@@ -76,9 +78,11 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None]) -> None:
             log,
             keep,
         )
-    if not learnt.is_dir():
-        state.averaged.student.save(learnt)
+    if state.step == config.learn_steps:
+        _save(state.averaged.student, learnt)
     if state.step < config.steps:
+        if not learnt.is_dir():
+            raise InputError(f"{learnt} is gone, which the second stage learns from; delete {work} to begin anew")
         say("second stage: tokens of whole images are computed")
         teacher = Student(config.model).run_on(device)
         teacher.load(learnt)
@@ -93,13 +97,26 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None]) -> None:
             log,
             keep,
         )
+    _save(state.averaged.student, config.out)
     draw_curve(work / LOG_FILE, work / CURVE_FILE)
-    state.averaged.student.save(config.out)
+
+
+def _save(student: Student, folder: Path) -> None:
+    """Write an encoder, whole or not at all."""
+    part = folder.with_name(folder.name + PART_SUFFIX)
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        student.save(part)
+        part.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder} could not be written: {error.strerror or error}") from error
 
 
 def _read(config: PretrainConfig, say: Callable[[str], None]) -> Scenes:
     images = ImageFolder(config.images, tuple(list_images(config.images, config.exclude)))
-    scenes = read_scenes(images, _draft(config), config.per_image, config.seed)
+    per_image = min(config.per_image, config.max_patches // len(images.names))
+    scenes = read_scenes(images, _draft(config), per_image, config.seed)
     for name, reason in scenes.skipped:
         say(f"left out: {name}: {reason}")
     count = len({scene.image for scene in scenes.scenes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def read_scenes(images: ImageFolder, codebook: Codebook, per_image: int, seed: i
     Args:
         images: which.
         codebook: how they are opened: gsd and patch size.
-        per_image: patches that are taken of one image, at most.
+        per_image: patches that are taken of one image, about.
         seed: of the random blocks.
 
     Raises:
@@ -80,9 +81,13 @@ def read_scenes(images: ImageFolder, codebook: Codebook, per_image: int, seed: i
     with ThreadPoolExecutor(OPEN_AHEAD, "geocentroids-read") as pool:
         for name, scenes in ahead(pool, read, images.names, OPEN_AHEAD):
             try:
-                found += scenes.result()
+                own = scenes.result()
             except GeocentroidsError as error:
                 skipped.append((name, str(error)))
+                continue
+            found += own
+            if not own:
+                skipped.append((name, "no patch has data"))
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
         raise InputError(f"no patch of the {len(images.names)} images has data" + (f" ({reasons})" if reasons else ""))
@@ -99,12 +104,12 @@ def _scenes_of(name: str, dataset: Dataset, patch_px: int, per_image: int, seed:
 
 
 def _parts(name: str, footprint: PatchRange, per_image: int, seed: int) -> list[PatchRange]:
-    """Return the footprint, or random blocks of it that hold ``per_image`` patches."""
+    """Return the footprint, or random blocks of it that hold about ``per_image`` patches, at least one."""
     rows, cols = footprint.shape
     if rows * cols <= per_image:
         return [footprint]
     chunks = list(footprint.chunks(BLOCK_PATCHES))
-    order = np.random.default_rng([seed, *name.encode()]).permutation(len(chunks))
+    order = np.random.default_rng([seed, *os.fsencode(name)]).permutation(len(chunks))
     blocks = [chunks[i] for i in order[: max(1, per_image // BLOCK_PATCHES**2)]]
     n = BLOCK_PATCHES
     return [

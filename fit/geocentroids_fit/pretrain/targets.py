@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -38,19 +39,26 @@ class Standard:
 
 
 def texture_maps(scenes: Sequence[Scene]) -> list[Tensor]:
-    """Describe all patches of scenes by the bank, each map of shape (R, C, F)."""
+    """Describe all patches of scenes by the bank, each map of shape (R, C, F), float16."""
     found = []
     for scene in scenes:
         pixels = torch.from_numpy(scene.pixels).permute(2, 0, 1)[None].float() / 255
-        found.append(texture_bank(pixels)[0].permute(1, 2, 0).contiguous())
+        found.append(texture_bank(pixels)[0].permute(1, 2, 0).contiguous().half())
     return found
 
 
 def sample(maps: Sequence[Tensor], scenes: Sequence[Scene], seed: int) -> Tensor:
     """Return descriptions of random patches with data, of shape (n, F)."""
-    rows = torch.cat([own[torch.from_numpy(scene.labelled)] for own, scene in zip(maps, scenes, strict=True)]).float()
+    places = [torch.from_numpy(np.flatnonzero(scene.labelled)) for scene in scenes]
+    ends = torch.tensor([len(own) for own in places]).cumsum(0)
     generator = torch.Generator().manual_seed(seed)
-    return rows[torch.randperm(len(rows), generator=generator)[:SAMPLE]]
+    chosen = torch.randperm(int(ends[-1]), generator=generator)[:SAMPLE].sort().values
+    number = torch.searchsorted(ends, chosen, right=True)
+    rows = []
+    for scene, (own, at) in enumerate(zip(maps, places, strict=True)):
+        first = int(ends[scene]) - len(at)
+        rows.append(own.flatten(0, 1)[at[chosen[number == scene] - first]].float())
+    return torch.cat(rows)
 
 
 def standard_of(values: Tensor) -> Standard:

@@ -29,18 +29,20 @@ from geocentroids_fit.pretrain.config import PretrainConfig
 from geocentroids_fit.pretrain.learner import autocast, normalised
 from geocentroids_fit.pretrain.losses import TEACHER_TEMPERATURES, same_ground, sinkhorn, surprise
 from geocentroids_fit.pretrain.views import Sampler, Views, other_camera, sample_maps
+from geocentroids_tiler.errors import InputError
 
 MAX_GRADIENT = 1.0
 """Length that gradients are cut to."""
 TEACHER_STEPS, SETTLED_STEPS = 250, 100
-"""Steps over which weights are averaged in the two stages, once there were as many."""
+"""Steps over which weights are averaged in the two stages."""
+EARLY_STEPS = 10
+"""At first it is over the last tenth of the steps so far, for weights change fast then."""
 TEACHER_STRENGTH = 0.4
 """How far cameras of the teacher's views differ, as a share of the student's."""
 MASKED_SHARE, MAX_MASKED = 0.6, 0.65
 """Views with hidden patches, and the largest share of patches hidden in one."""
 HIDDEN_WEIGHT, SAME_WEIGHT = 0.1, 0.1
-"""Of the losses on prototypes; that on statistics weighs 1. With 0.5 texture is not learnt in the first steps, and what
-prototypes could be made of is missing."""
+"""Of the losses on prototypes; that on statistics weighs 1. Heavier, they drown the statistics in the first steps."""
 MAX_DEVIATIONS = 5.0
 """Statistics farther from their mean count as this far."""
 SETTLE_STRENGTH = 0.5
@@ -60,14 +62,14 @@ class Seen:
     Attributes:
         views: the ground as it is.
         student: the same through another camera, normalised, of shape (B, 3, S, S).
-        teacher: the same through a camera that differs less.
+        teacher: the same through a camera that differs less; None where no teacher looks.
         masked: patches hidden from the student, of shape (B, N, N), bool.
         origin: where on the position grid the windows lie.
     """
 
     views: Views
     student: Tensor
-    teacher: Tensor
+    teacher: Tensor | None
     masked: Tensor
     origin: tuple[int, int]
 
@@ -78,27 +80,33 @@ def draw_pair(sampler: Sampler, config: PretrainConfig, step: int) -> tuple[Seen
     sides = (int(rng.choice(config.sides)), int(rng.choice(config.sides)))
     count = max(1, config.batch_patches // (sides[0] ** 2 + sides[1] ** 2))
     one, other = sampler.draw_pairs(count, sides, rng)
-    return _seen(one, config, config.strength, rng), _seen(other, config, config.strength, rng)
+    return _seen(one, config, rng), _seen(other, config, rng)
 
 
 def draw_one(sampler: Sampler, config: PretrainConfig, step: int) -> Seen:
-    """Draw the views of a step of the second stage."""
+    """Draw the views of a step of the second stage; no patch is hidden and no teacher looks."""
     rng = np.random.default_rng([config.seed, step])
     side = int(rng.choice(config.sides))
     views = sampler.draw(max(1, config.batch_patches // side**2), side, rng)
-    return _seen(views, config, SETTLE_STRENGTH * config.strength, rng)
+    seen = normalised(other_camera(views.pixels, SETTLE_STRENGTH * config.strength, rng), config)
+    return Seen(views, seen, None, torch.zeros_like(views.valid), _origin(side, config, rng))
 
 
-def _seen(views: Views, config: PretrainConfig, strength: float, rng: np.random.Generator) -> Seen:
+def _seen(views: Views, config: PretrainConfig, rng: np.random.Generator) -> Seen:
     count, side = views.valid.shape[:2]
-    room = config.model.grid_patches - side + 1
     return Seen(
         views,
-        normalised(other_camera(views.pixels, strength, rng), config),
-        normalised(other_camera(views.pixels, TEACHER_STRENGTH * strength, rng), config),
+        normalised(other_camera(views.pixels, config.strength, rng), config),
+        normalised(other_camera(views.pixels, TEACHER_STRENGTH * config.strength, rng), config),
         _masks(count, side, rng),
-        (int(rng.integers(room)), int(rng.integers(room))),
+        _origin(side, config, rng),
     )
+
+
+def _origin(side: int, config: PretrainConfig, rng: np.random.Generator) -> tuple[int, int]:
+    """Return a random place on the position grid."""
+    room = config.model.grid_patches - side + 1
+    return int(rng.integers(room)), int(rng.integers(room))
 
 
 def _masks(count: int, side: int, rng: np.random.Generator) -> Tensor:
@@ -136,11 +144,15 @@ def learn_losses(
             tokens.append(own)
             scores.append(state.learner.prototypes(own))
             with torch.no_grad():
-                taught = state.averaged.student(seen.teacher.to(device), None, seen.origin).flatten(0, 2)
+                shown = seen.student if seen.teacher is None else seen.teacher
+                taught = state.averaged.student(shown.to(device), None, seen.origin).flatten(0, 2)
                 codes.append(state.averaged.prototypes(taught))
         statistics = [state.learner.bank(own).float() for own in tokens]
-    shares = torch.split(sinkhorn(torch.cat(codes), temperature), [len(code) for code in codes])
     valid = [seen.views.valid.flatten().to(device) for seen in pair]
+    shares = [torch.zeros_like(code) for code in codes]
+    used = sinkhorn(torch.cat([code[known] for code, known in zip(codes, valid, strict=True)]), temperature)
+    for share, known, own in zip(shares, valid, torch.split(used, [int(known.sum()) for known in valid]), strict=True):
+        share[known] = own
     errors = []
     for seen, found, known in zip(pair, statistics, valid, strict=True):
         wanted = sample_maps(bank, seen.views).flatten(0, 2).to(device).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS)
@@ -148,7 +160,7 @@ def learn_losses(
     hidden = [seen.masked.flatten().to(device) & known for seen, known in zip(pair, valid, strict=True)]
     first, second = (at.to(device) for at in same_ground(pair[0].views, pair[1].views))
     return {
-        "statistics": torch.cat(errors).mean(),
+        "statistics": torch.cat(errors).sum() / max(1, sum(map(len, errors))),
         "hidden": surprise(
             torch.cat([own[at] for own, at in zip(scores, hidden, strict=True)]),
             torch.cat([own[at] for own, at in zip(shares, hidden, strict=True)]),
@@ -171,7 +183,8 @@ def settle_losses(state: State, seen: Seen, targets: Sequence[Tensor], config: P
         tokens = state.learner.student(seen.student.to(device), None, seen.origin)
     known = seen.views.valid
     wanted = sample_maps(targets, seen.views)[known].to(device)
-    return {"distance": 1 - functional.cosine_similarity(tokens.float()[known.to(device)], wanted, dim=-1).mean()}
+    likeness = functional.cosine_similarity(tokens.float()[known.to(device)], wanted, dim=-1)
+    return {"distance": (1 - likeness).sum() / max(1, len(likeness))}
 
 
 WEIGHTS = {"statistics": 1.0, "hidden": HIDDEN_WEIGHT, "same": SAME_WEIGHT, "distance": 1.0}
@@ -218,10 +231,14 @@ def run_steps(
             found = losses(drawn.result())
             state.optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(torch.stack([WEIGHTS[name] * value for name, value in found.items()]).sum())
-            torch.nn.utils.clip_grad_norm_(state.learner.parameters(), MAX_GRADIENT)
+            norm = torch.nn.utils.clip_grad_norm_(state.learner.parameters(), MAX_GRADIENT)
+            if not torch.isfinite(norm):
+                raise InputError(
+                    f"the gradient is {float(norm)} at step {step}; a lower learning rate or --precision fp32 may help"
+                )
             state.optimizer.step()
             state.step = step + 1
-            state.average(max(1 / averaged_steps, 10 / (state.step + 10)))
+            state.average(max(1 / averaged_steps, EARLY_STEPS / (state.step + EARLY_STEPS)))
             past.append({name: value.item() for name, value in found.items()})
             if state.step % LOG_EVERY == 0 or state.step == stop:
                 means = {name: float(np.mean([one[name] for one in past])) for name in past[0]}

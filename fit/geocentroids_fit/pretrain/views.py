@@ -26,7 +26,7 @@ BEYOND_SHARE = 0.15
 CUT_SHARE = 0.15
 """Views of which a part is cut away, as beside a collar."""
 AREA_POWER = 0.5
-"""How often images of a folder are seen grows with their area to this power."""
+"""How often a folder is seen grows with its area to this power; its images share that in proportion to theirs."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,11 @@ class Sampler:
         if rng.random() >= BEYOND_SHARE:
             first = np.clip(first, np.minimum(0, limits), np.maximum(0, limits))
         if aligned:
-            first = first // n * n
+            first = np.clip(first // n, place - side + 1, place) * n
         pixels, valid = crop(scene, first.tolist(), ground)
         if rng.random() < CUT_SHARE:
-            valid = valid & _half(ground, rng)
+            kept = valid & _half(ground, rng)
+            valid = kept if kept.any() else valid
         if not valid.all():
             pixels = fill_invalid(pixels, valid) if valid.any() else pixels
         view = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float() / 255
@@ -161,7 +162,7 @@ def other_camera(pixels: Tensor, strength: float, rng: np.random.Generator) -> T
     itself.
 
     Args:
-        pixels: of shape (B, 3, S, S), RGB in [0, 1].
+        pixels: of shape (B, 3, S, S), RGB in [0, 1], on the CPU.
         strength: 1 is strong, 0 changes nothing.
         rng: draws the changes.
 
@@ -174,7 +175,7 @@ def other_camera(pixels: Tensor, strength: float, rng: np.random.Generator) -> T
 
     def uniform(low: float, high: float, channels: int = 1) -> Tensor:
         drawn = rng.uniform(low * strength, high * strength, (count, channels, 1, 1))
-        return torch.from_numpy(drawn.astype(np.float32)).to(pixels.device)
+        return torch.from_numpy(drawn.astype(np.float32))
 
     pixels = torch.stack([_coarser(view, strength, rng) for view in pixels])
     pixels = pixels.clamp_min(1e-3) ** torch.exp(uniform(-0.35, 0.35))
@@ -202,10 +203,10 @@ def _coarser(view: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
 
 def _jpeg(view: Tensor, rng: np.random.Generator) -> Tensor:
     content = io.BytesIO()
-    array = (view.permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
+    array = (view.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     Image.fromarray(array).save(content, "JPEG", quality=int(rng.integers(30, 90)))
     back = np.array(Image.open(content), np.float32) / 255
-    return torch.from_numpy(back).permute(2, 0, 1).to(view.device)
+    return torch.from_numpy(back).permute(2, 0, 1)
 
 
 def sample_maps(maps: Sequence[Tensor], views: Views) -> Tensor:
@@ -220,7 +221,7 @@ def sample_maps(maps: Sequence[Tensor], views: Views) -> Tensor:
     """
     found = []
     for number, centres in zip(views.scene, views.centres, strict=True):
-        own = maps[number].to(torch.float32)
+        own = maps[number]
         limits = torch.tensor(own.shape[:2], dtype=torch.float32) - 1
         at = torch.minimum(centres.clamp_min(0), limits)  # (N, N, 2)
         low = at.floor()
@@ -228,7 +229,7 @@ def sample_maps(maps: Sequence[Tensor], views: Views) -> Tensor:
         part = at - low
         (r0, c0), (r1, c1) = low.long().unbind(-1), high.long().unbind(-1)
         row, col = part[..., :1], part[..., 1:]
-        upper = (1 - col) * own[r0, c0] + col * own[r0, c1]
-        lower = (1 - col) * own[r1, c0] + col * own[r1, c1]
+        upper = (1 - col) * own[r0, c0].float() + col * own[r0, c1].float()
+        lower = (1 - col) * own[r1, c0].float() + col * own[r1, c1].float()
         found.append((1 - row) * upper + row * lower)
     return torch.stack(found)
