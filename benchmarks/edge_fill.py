@@ -40,6 +40,8 @@ REGION_CHUNKS = 2
 NEAR_PATCHES = 3
 CORNERS = 16
 """Of a polygon."""
+REACH = 0.6
+"""How far from a polygon's middle a corner may be, in sides of a region: a little beyond its border."""
 MERGED = 24
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -311,7 +313,7 @@ def main() -> None:
     codebook = service.codebook(None)
     labeller = Labeller(service.engine(codebook).result())
     classes, rng = codebook.classes(MERGED).lookup, np.random.default_rng(1)
-    reach = 0.5 * 1.2 * REGION_CHUNKS * labeller.layout.stride_patches * labeller.patch_px
+    reach = REACH * REGION_CHUNKS * labeller.layout.stride_patches * labeller.patch_px
     kept: dict[str, list[Kept]] = {name: [] for name in FILLS}
     for image in IMAGES:
         dataset = service.dataset(image, ReadOptions(), codebook).result()
@@ -320,6 +322,8 @@ def main() -> None:
             for name, row in compare(labeller, region, cut, classes, list(FILLS)).items():
                 kept[name].append(row)
     patches = int(sum(row.patches.sum() for row in kept["mirror"]))
+    if not patches:
+        raise SystemExit("no region of the images is whole and has a cut through it; nothing was compared")
     print(
         f"codebook {codebook.name}, {len(kept['mirror'])} cut regions of {len(IMAGES)} images, {patches} patches near"
     )

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import sys
 import time
@@ -53,6 +52,7 @@ from geocentroids_fit.extract import blend
 from geocentroids_fit.files import digest_of
 from geocentroids_fit.images import ImageFolder, list_images
 from geocentroids_fit.kmeans import assign, survey
+from geocentroids_fit.pretrain import texture
 from geocentroids_fit.tree import ward_tree
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook, Metric, cut_tree, file_sha256
 from geocentroids_tiler.encoder import ChunkLayout, Encoder
@@ -348,17 +348,11 @@ def colour_bank(pixels: torch.Tensor) -> torch.Tensor:
 
 def hand_made() -> list[HandMade]:
     """Return the hand-made features that there are."""
-    features = [HandMade("colour", colour_bank, ["colour", 1])]
-    name = "geocentroids_fit.pretrain.texture"
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        print(f"texture is skipped: there is no {name}", file=sys.stderr)
-        return features
-    source = file_sha256(Path(str(module.__file__)))
-    return [*features, HandMade("texture", module.texture_bank, ["texture", source])]
+    source = file_sha256(Path(str(texture.__file__)))
+    return [
+        HandMade("colour", colour_bank, ["colour", 1]),
+        HandMade("texture", texture.texture_bank, ["texture", source, CONTEXT_PATCHES]),
+    ]
 
 
 def pick(folder: ImageFolder, codebook: Codebook, per_image: int, cache: Path | None) -> list[Picked]:
@@ -367,9 +361,8 @@ def pick(folder: ImageFolder, codebook: Codebook, per_image: int, cache: Path | 
     picked = []
     for name in folder.names:
         dataset = folder.open(name, codebook)
-        labelled = _kept(
-            _cache_path(cache, "labelled", digest_of([name, dataset.identity])), partial(_labelled, dataset)
-        )
+        path = _cache_path(cache, "labelled", digest_of([name, dataset.identity, codebook.patch_m]))
+        labelled = _kept(path, partial(_labelled, dataset))
         mask = _mask_of(_root(folder), name)
         cover = np.full(labelled.shape, UNKNOWN, np.int64)
         if mask is not None:

@@ -15,7 +15,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from geocentroids_fit.cli import main  # noqa: E402
+from geocentroids_fit.images import ImageFolder  # noqa: E402
 from geocentroids_fit.pretrain import ModelConfig, make_pretrain_config, pretrain  # noqa: E402
+from geocentroids_fit.pretrain import scenes as scenes_module  # noqa: E402
 from geocentroids_fit.pretrain.learner import normalised, token_maps  # noqa: E402
 from geocentroids_fit.pretrain.losses import Prototypes, sinkhorn, surprise  # noqa: E402
 from geocentroids_fit.pretrain.model import (  # noqa: E402
@@ -26,7 +28,8 @@ from geocentroids_fit.pretrain.model import (  # noqa: E402
     Student,
     start,
 )
-from geocentroids_fit.pretrain.scenes import Scene  # noqa: E402
+from geocentroids_fit.pretrain.run import _draft  # noqa: E402
+from geocentroids_fit.pretrain.scenes import Scene, read_scenes, share_of  # noqa: E402
 from geocentroids_fit.pretrain.targets import join  # noqa: E402
 from geocentroids_fit.pretrain.train import learning_rate  # noqa: E402
 from geocentroids_tiler.errors import InputError  # noqa: E402
@@ -345,3 +348,29 @@ def test_images_without_data_are_refused(tmp_path: Path) -> None:
 def test_it_trains_on_a_gpu(imagery: Path, tmp_path: Path) -> None:
     train(imagery, tmp_path / "made", device="cuda")
     assert (tmp_path / "made" / "model.safetensors").is_file()
+
+
+def test_large_images_give_less_when_memory_is_short() -> None:
+    assert share_of([100, 100, 5000], 60_000, 10_000) == 60_000
+    share = share_of([100, 100, 5000], 60_000, 1000)
+    assert 700 < share <= 800  # the small ones stay whole
+    assert share_of([5, 5], 3, 6) == 3
+    assert share_of([10] * 50, 10, 20) == 1
+
+
+def test_blocks_of_large_images_are_whole_patches_of_them(imagery: Path) -> None:
+    config = make_pretrain_config(imagery, Path("out"), (), {"width": 64, "depth": 1, "heads": 2})
+    images = ImageFolder(imagery, ("0.tif", "1.tif"))
+    whole = read_scenes(images, _draft(config), 60_000, 60_000, 0)
+    assert len(whole.scenes) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes_module, "BLOCK_PATCHES", 8)
+        parts = read_scenes(images, _draft(config), 130, 60_000, 0)
+    assert 4 <= len(parts.scenes) <= 2 * 130 // 64
+    for part in parts.scenes:
+        of = next(own for own in whole.scenes if own.image == part.image)
+        rows, cols = part.patches.within(of.patches)
+        np.testing.assert_array_equal(part.labelled, of.labelled[rows, cols])
+        pixels = of.pixels[rows.start * 14 : rows.stop * 14, cols.start * 14 : cols.stop * 14]
+        known = part.valid
+        np.testing.assert_array_equal(part.pixels[known], pixels[known])

@@ -115,8 +115,7 @@ def _save(student: Student, folder: Path) -> None:
 
 def _read(config: PretrainConfig, say: Callable[[str], None]) -> Scenes:
     images = ImageFolder(config.images, tuple(list_images(config.images, config.exclude)))
-    per_image = min(config.per_image, config.max_patches // len(images.names))
-    scenes = read_scenes(images, _draft(config), per_image, config.seed)
+    scenes = read_scenes(images, _draft(config), config.per_image, config.max_patches, config.seed)
     for name, reason in scenes.skipped:
         say(f"left out: {name}: {reason}")
     count = len({scene.image for scene in scenes.scenes})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -60,26 +60,35 @@ class Scenes:
         return sum(int(scene.labelled.sum()) for scene in self.scenes)
 
 
-def read_scenes(images: ImageFolder, codebook: Codebook, per_image: int, seed: int) -> Scenes:
-    """Read images, or random blocks of those that are larger than ``per_image`` patches.
+def read_scenes(images: ImageFolder, codebook: Codebook, per_image: int, most: int, seed: int) -> Scenes:
+    """Read images, or random blocks of the largest.
 
     Args:
         images: which.
         codebook: how they are opened: gsd and patch size.
         per_image: patches that are taken of one image, about.
+        most: patches that are taken of all, about; the largest images give less first.
         seed: of the random blocks.
 
     Raises:
         InputError: if no image can be used.
     """
+    opened: list[tuple[str, Dataset]] = []
     found, skipped = [], []
 
-    def read(name: str) -> list[Scene]:
-        dataset = images.open(name, codebook)
-        return list(_scenes_of(name, dataset, codebook.manifest.encoder.patch_px, per_image, seed))
+    def read(entry: tuple[str, Dataset]) -> list[Scene]:
+        return list(_scenes_of(*entry, codebook.manifest.encoder.patch_px, share, seed))
 
     with ThreadPoolExecutor(OPEN_AHEAD, "geocentroids-read") as pool:
-        for name, scenes in ahead(pool, read, images.names, OPEN_AHEAD):
+        for name, dataset in ahead(pool, lambda name: images.open(name, codebook), images.names, OPEN_AHEAD):
+            try:
+                opened.append((name, dataset.result()))
+            except GeocentroidsError as error:
+                skipped.append((name, str(error)))
+        share = share_of(
+            [rows * cols for _, dataset in opened for rows, cols in [dataset.footprint.shape]], per_image, most
+        )
+        for (name, _), scenes in ahead(pool, read, opened, OPEN_AHEAD):
             try:
                 own = scenes.result()
             except GeocentroidsError as error:
@@ -92,6 +101,14 @@ def read_scenes(images: ImageFolder, codebook: Codebook, per_image: int, seed: i
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
         raise InputError(f"no patch of the {len(images.names)} images has data" + (f" ({reasons})" if reasons else ""))
     return Scenes(tuple(found), tuple(skipped))
+
+
+def share_of(sizes: Sequence[int], per_image: int, most: int) -> int:
+    """Return how many patches an image may give, so that all give at most ``most``, or one each."""
+    share = per_image
+    while share > 1 and sum(min(size, share) for size in sizes) > most:
+        share = int(0.9 * share)
+    return share
 
 
 def _scenes_of(name: str, dataset: Dataset, patch_px: int, per_image: int, seed: int) -> Iterator[Scene]:
