@@ -112,24 +112,24 @@ def share_of(sizes: Sequence[int], per_image: int, most: int) -> int:
 
 
 def _scenes_of(name: str, dataset: Dataset, patch_px: int, per_image: int, seed: int) -> Iterator[Scene]:
+    """Yield an image, or random blocks of it until they hold ``per_image`` patches with data."""
+    found = 0
     for patches in _parts(name, dataset.footprint, per_image, seed):
         read = read_patches(dataset, [patches], patch_px)[0]
         rows, cols = patches.shape
         share: NDArray[np.float64] = read.valid.reshape(rows, patch_px, cols, patch_px).mean(axis=(1, 3))
         if (share >= 0.5).any():
             yield Scene(name, dataset, patches, np.array(read.pixels), np.array(read.valid), share >= 0.5)
+        found += int((share >= 0.5).sum())
+        if found >= per_image:
+            return
 
 
 def _parts(name: str, footprint: PatchRange, per_image: int, seed: int) -> list[PatchRange]:
-    """Return the footprint, or random blocks of it that hold about ``per_image`` patches, at least one."""
+    """Return the footprint, or where it is too large its blocks in random order."""
     rows, cols = footprint.shape
     if rows * cols <= per_image:
         return [footprint]
     chunks = list(footprint.chunks(BLOCK_PATCHES))
     order = np.random.default_rng([seed, *os.fsencode(name)]).permutation(len(chunks))
-    blocks = [chunks[i] for i in order[: max(1, per_image // BLOCK_PATCHES**2)]]
-    n = BLOCK_PATCHES
-    return [
-        PatchRange(block.row * n, (block.row + 1) * n, block.col * n, (block.col + 1) * n).intersect(footprint)
-        for block in blocks
-    ]
+    return [chunks[i].patches(BLOCK_PATCHES).intersect(footprint) for i in order]
