@@ -155,7 +155,7 @@ def prepare_command(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the encoder to write.")
 @click.option("--exclude", multiple=True, help="Pattern of paths to leave out. May be repeated.")
 @click.option("--learn-steps", type=int, help="Steps of self-distillation.  [default: 3600]")
-@click.option("--settle-steps", type=int, help="Steps with fixed targets.  [default: 1600]")
+@click.option("--settle-steps", type=int, help="Steps with fixed targets.  [default: 2000]")
 @click.option("--batch-patches", type=int, help="Patches of a step.  [default: 4096]")
 @click.option("--learning-rate", type=float, help="Highest, of AdamW.  [default: 1.5e-3]")
 @click.option("--per-image", type=int, help="Patches that one image gives at most.  [default: 60000]")

@@ -51,7 +51,8 @@ class PretrainConfig(_Section):
         learn_steps: steps of self-distillation.
         settle_steps: steps with fixed targets.
         batch_patches: patches of a step, in both views.
-        sides: sides of views, in patches; one is drawn for each step.
+        sides: sides of views in the first stage, in patches; one is drawn for each view of a step.
+        settle_sides: the same of the second stage, where windows as they are served count more.
         learning_rate: highest, of AdamW.
         weight_decay: of AdamW, of matrices.
         warmup_steps: over which the learning rate rises, in each stage.
@@ -72,9 +73,10 @@ class PretrainConfig(_Section):
     max_patches: int = Field(default=1_000_000, ge=1)
     model: ModelConfig = ModelConfig()
     learn_steps: int = Field(default=3600, ge=1)
-    settle_steps: int = Field(default=1600, ge=0)
+    settle_steps: int = Field(default=2000, ge=0)
     batch_patches: int = Field(default=4096, ge=64)
     sides: tuple[int, ...] = (8, 8, 12, 16, 24, 32)
+    settle_sides: tuple[int, ...] = (8, 16, 24, 32, 32)
     learning_rate: float = Field(default=1.5e-3, gt=0)
     weight_decay: float = Field(default=0.04, ge=0)
     warmup_steps: int = Field(default=60, ge=1)
@@ -99,8 +101,9 @@ class PretrainConfig(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         grid = self.model.grid_patches
-        if not self.sides or min(self.sides) < 4 or max(self.sides) > grid:
-            raise ValueError(f"sides are {', '.join(map(str, self.sides))}; accepted: 4 to {grid} patches")
+        for sides in (self.sides, self.settle_sides):
+            if not sides or min(sides) < 4 or max(sides) > grid:
+                raise ValueError(f"sides are {', '.join(map(str, sides))}; accepted: 4 to {grid} patches")
         return self
 
 

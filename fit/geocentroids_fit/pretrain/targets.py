@@ -19,6 +19,10 @@ from geocentroids_fit.pretrain.texture import texture_bank
 
 SAMPLE = 100_000
 """Patches that means, deviations and directions are learnt of."""
+TOKENS_WEIGHT = 2.0
+"""Of the tokens; the bank weighs 1."""
+MOST_COMMON, MIXED_PATCHES = 0.5, 2000
+"""Share of what an image adds that is taken away at most, and patches at which it is half of that."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ def standard_of(values: Tensor) -> Standard:
 def join(bank: Sequence[Tensor], tokens: Sequence[Tensor], scenes: Sequence[Scene], seed: int) -> list[Tensor]:
     """Join two descriptions into unit vectors as long as tokens.
 
-    Both are standardised and scaled to length 1, so that they weigh the same, and projected to the directions in which
-    they vary most. These are turned to lie as near to the tokens as they can, so that an encoder has least to learn.
+    Both are standardised, scaled to length 1 and weighted. Part of what the patches of an image have in common is taken
+    away, so that an encoder learns to see past the light and the camera of an image. The rest is projected to the
+    directions in which it varies most, turned to lie as near to the tokens as they can: then there is least to learn.
 
     Args:
         bank: for each scene, of shape (R, C, F).
@@ -85,21 +90,34 @@ def join(bank: Sequence[Tensor], tokens: Sequence[Tensor], scenes: Sequence[Scen
         The turn: Schönemann, "A generalized solution of the orthogonal Procrustes problem", Psychometrika 1966.
     """
     scales = [standard_of(sample(maps, scenes, seed)) for maps in (bank, tokens)]
-
-    def joined(of_bank: Tensor, of_tokens: Tensor) -> Tensor:
-        return torch.cat(
-            [functional.normalize(scales[0](of_bank), dim=-1), functional.normalize(scales[1](of_tokens), dim=-1)],
-            dim=-1,
-        )
-
-    some_tokens = sample(tokens, scenes, seed)
-    both = joined(sample(bank, scenes, seed), some_tokens)  # (n, F + D)
-    mean = both.mean(0)
-    width = some_tokens.shape[1]
-    directions = torch.linalg.eigh(torch.cov((both - mean).T.double()))[1].flip(1)[:, :width].float()  # (F + D, D)
-    u, _, v = torch.linalg.svd(((both - mean) @ directions).T @ (some_tokens - some_tokens.mean(0)))
+    joined = []
+    for one, other in zip(bank, tokens, strict=True):
+        parts = functional.normalize(scales[0](one), dim=-1), functional.normalize(scales[1](other), dim=-1)
+        joined.append(torch.cat([parts[0], TOKENS_WEIGHT * parts[1]], dim=-1).half())
+    joined = [own - common for own, common in zip(joined, common_parts(joined, scenes), strict=True)]
+    some, some_tokens = sample(joined, scenes, seed), sample(tokens, scenes, seed)
+    mean, width = some.mean(0), some_tokens.shape[1]
+    directions = torch.linalg.eigh(torch.cov((some - mean).T.double()))[1].flip(1)[:, :width].float()  # (F + D, D)
+    u, _, v = torch.linalg.svd(((some - mean) @ directions).T @ (some_tokens - some_tokens.mean(0)))
     matrix = directions @ u @ v
-    return [
-        functional.normalize((joined(one, other) - mean) @ matrix, dim=-1).half()
-        for one, other in zip(bank, tokens, strict=True)
-    ]
+    return [functional.normalize((own.float() - mean) @ matrix, dim=-1).half() for own in joined]
+
+
+def common_parts(maps: Sequence[Tensor], scenes: Sequence[Scene]) -> list[Tensor]:
+    """Return for each scene what is taken away from all its patches, of shape (F,).
+
+    It is a share of the mean of its image less the mean of all images. The share grows with the image, up to a half: a
+    large image shows all kinds of ground and its mean tells of light and camera, a small one may be all forest.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for own, scene in zip(maps, scenes, strict=True):
+        rows = own[torch.from_numpy(scene.labelled)].double()
+        sums[scene.image] = sums.get(scene.image, torch.zeros(rows.shape[1], dtype=torch.float64)) + rows.sum(0)
+        counts[scene.image] = counts.get(scene.image, 0) + len(rows)
+    mean = torch.stack(list(sums.values())).sum(0) / sum(counts.values())
+    common = {}
+    for image, count in counts.items():
+        share = MOST_COMMON * count / (count + MIXED_PATCHES)
+        common[image] = (share * (sums[image] / count - mean)).to(maps[0].dtype)
+    return [common[scene.image] for scene in scenes]

@@ -86,7 +86,7 @@ def draw_pair(sampler: Sampler, config: PretrainConfig, step: int) -> tuple[Seen
 def draw_one(sampler: Sampler, config: PretrainConfig, step: int) -> Seen:
     """Draw the views of a step of the second stage; no patch is hidden and no teacher looks."""
     rng = np.random.default_rng([config.seed, step])
-    side = int(rng.choice(config.sides))
+    side = int(rng.choice(config.settle_sides))
     views = sampler.draw(max(1, config.batch_patches // side**2), side, rng)
     seen = normalised(other_camera(views.pixels, SETTLE_STRENGTH * config.strength, rng), config)
     return Seen(views, seen, None, torch.zeros_like(views.valid), _origin(side, config, rng))
