@@ -28,7 +28,7 @@ PICTURES = {
     "uruguay": "south_america/uruguay_business_park.tif",
     "bolivia": "south_america/bolivia_river_town.tif",
     "manila": "manila_river.tif",
-    "neon": "neon/SJER_046.tif",
+    "neon": "neon/OSBS_051.tif",
 }
 CLASSES = 24
 PANEL_PX = 520

@@ -114,6 +114,7 @@ SCHEMES = (
     Scheme(32, 8, 16),
     Scheme(32, 4, 12),
     Scheme(32, 3, 13),
+    Scheme(32, 0, 16),
     Scheme(48, 4, 40),
 )
 CURED = (BASE, Scheme(32, 3, 26), Scheme(32, 3, 13))
