@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from geocentroids_fit import cli
 from geocentroids_fit.config import FitConfig, make_config, read_config
 from geocentroids_tiler.errors import InputError
+from geocentroids_tiler.hub import find_codebook
 
 DOCS = Path(__file__).parents[2] / "docs" / "fit-config.md"
 REQUIRED = {"out": "o", "images": {}, "encoder": {"model": "m"}, "codebook": {"name": "n"}}
@@ -126,3 +127,15 @@ def test_wrong_values_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match="the configuration is not usable") as caught:
         make_config(REQUIRED | change)
     assert message in str(caught.value)
+
+
+def test_the_embedded_codebook_is_what_its_configuration_describes() -> None:
+    config = make_config(read_config(Path(__file__).parents[1] / "nano.toml"))
+    codebook = find_codebook("nano", Path())
+    manifest = codebook.manifest
+    assert config.windows.preprocess == manifest.preprocess
+    assert (config.cluster.k, config.cluster.metric) == (len(codebook), manifest.assignment.metric)
+    for key in ("name", "version", "title", "licence", "attribution"):
+        assert getattr(config.codebook, key) == getattr(manifest, key)
+    assert codebook.exemplars is not None
+    assert {"water", "dry grass"} <= set(codebook.classes(24).names)
