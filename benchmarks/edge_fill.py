@@ -26,7 +26,7 @@ from geocentroids_tiler.grid import ChunkIndex, PatchRange, window_patches_of
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.settings import Settings
-from geocentroids_tiler.source import Dataset, PatchPixels, ReadOptions, read_patches
+from geocentroids_tiler.source import Dataset, PatchPixels, ReadOptions, labelled_patches, read_patches
 from geocentroids_tiler.source.fill import fill_invalid
 
 IMAGES = (
@@ -205,12 +205,6 @@ class Labeller:
             return np.ascontiguousarray(pixels if known.all() else np.zeros_like(pixels))
         return fill(pixels, known)
 
-    def labelled(self, region: Region, valid: Mask) -> Mask:
-        """Tell which patches of ``region.around`` are labelled: those of which at least half of the pixels are data."""
-        rows, cols = region.around.shape
-        share: NDArray[np.float64] = valid.reshape(rows, self.patch_px, cols, self.patch_px).mean(axis=(1, 3))
-        return share >= 0.5
-
 
 def random_cut(rng: np.random.Generator, size: int, reach: float) -> Mask:
     """Return the inside or the outside of a star-shaped polygon about the middle of a square.
@@ -248,7 +242,7 @@ def regions_of(dataset: Dataset, labeller: Labeller, count: int, rng: np.random.
         if found == count or not firsts:
             return
         region = labeller.region(dataset, firsts[rng.integers(len(firsts))])
-        if labeller.labelled(region, region.read.valid)[region.patches.within(region.around)].all():
+        if labelled_patches(region.read.valid, labeller.patch_px)[region.patches.within(region.around)].all():
             found += 1
             yield region
 
@@ -267,9 +261,9 @@ def compare(
     """
     valid = region.read.valid & cut
     inside = region.patches.within(region.around)
-    labelled = labeller.labelled(region, valid)
+    labelled = labelled_patches(valid, labeller.patch_px)
     # Beyond the edge of the image there is no data in either: only what the cut took counts as a cut.
-    taken = labeller.labelled(region, region.read.valid) & ~labelled
+    taken = labelled_patches(region.read.valid, labeller.patch_px) & ~labelled
     if not taken.any() or not labelled[inside].any():
         return {}
     distance = distance_transform_cdt(~taken, "chessboard")[inside]

@@ -60,10 +60,9 @@ from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.grid import ChunkIndex, PatchRange
 from geocentroids_tiler.hub import find_codebook
 from geocentroids_tiler.labels.engine import LabelEngine
-from geocentroids_tiler.labels.service import load_codebook_encoder
-from geocentroids_tiler.labels.store import LabelStore
+from geocentroids_tiler.labels.service import load_codebook_encoder, open_engine
 from geocentroids_tiler.settings import load_settings
-from geocentroids_tiler.source import Dataset, PatchPixels, read_patches, read_windows
+from geocentroids_tiler.source import Dataset, PatchPixels, labelled_patches, read_patches, read_windows
 
 PATCH_PX = 14
 GRID_CODEBOOK = "nano"
@@ -254,17 +253,8 @@ class Served:
     def opened(self) -> Iterator[Compute]:
         """Yield what computes an image's labels; one of ``len(codebook)`` stands for no label."""
         settings = load_settings()
-        engine = LabelEngine(
-            self.codebook,
-            load_codebook_encoder(self.codebook, settings),
-            LabelStore(settings.label_cache_bytes),
-            read_threads=settings.read_threads,
-            token_cache_bytes=settings.token_cache_bytes,
-        )
-        try:
+        with open_engine(self.codebook, load_codebook_encoder(self.codebook, settings), settings) as engine:
             yield lambda image: self._compute(engine, image)
-        finally:
-            engine.close()
 
     def _compute(self, engine: LabelEngine, image: Picked) -> Array:
         dataset = replace(image.dataset, preprocess=self.codebook.manifest.preprocess)
@@ -528,10 +518,8 @@ def _blocks(dataset: Dataset, context: int) -> Iterator[tuple[PatchRange, PatchR
 def _labelled(dataset: Dataset) -> NDArray[np.bool_]:
     """Return the patches of which at least half of the pixels are data, of the footprint's shape."""
     labelled = np.zeros(dataset.footprint.shape, bool)
-    for own, around, read in _blocks(dataset, 0):
-        rows, cols = around.shape
-        share = read.valid.reshape(rows, PATCH_PX, cols, PATCH_PX).mean(axis=(1, 3))
-        labelled[own.within(dataset.footprint)] = share >= 0.5
+    for own, _, read in _blocks(dataset, 0):
+        labelled[own.within(dataset.footprint)] = labelled_patches(read.valid, PATCH_PX)
     return labelled
 
 

@@ -6,8 +6,6 @@ python benchmarks/pictures.py --images IMAGERY --codebook nano --out docs/images
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from geocentroids_fit.images import ImageFolder
-from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
+from geocentroids_tiler.codebook import NODATA_LABEL, Classes
 from geocentroids_tiler.grid import PatchRange
 from geocentroids_tiler.hub import find_codebook
-from geocentroids_tiler.labels.engine import LabelEngine
-from geocentroids_tiler.labels.service import load_codebook_encoder
-from geocentroids_tiler.labels.store import LabelStore
+from geocentroids_tiler.labels.service import load_codebook_encoder, open_engine
 from geocentroids_tiler.settings import load_settings
 from geocentroids_tiler.source import Dataset, read_patches
 
@@ -55,23 +51,6 @@ def label_map(labels: NDArray[np.uint16], classes: Classes, cell_px: int) -> Pic
     return colours.repeat(cell_px, axis=0).repeat(cell_px, axis=1)
 
 
-@contextmanager
-def engine_of(codebook: Codebook) -> Iterator[LabelEngine]:
-    """Yield what labels with a codebook."""
-    settings = load_settings()
-    engine = LabelEngine(
-        codebook,
-        load_codebook_encoder(codebook, settings),
-        LabelStore(settings.label_cache_bytes),
-        read_threads=settings.read_threads,
-        token_cache_bytes=settings.token_cache_bytes,
-    )
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
 def main() -> None:
     """Write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,11 +58,12 @@ def main() -> None:
     parser.add_argument("--codebook", default="nano", help="name or directory")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
-    codebook = find_codebook(options.codebook, load_settings().codebooks_dir, allow_path=True)
+    settings = load_settings()
+    codebook = find_codebook(options.codebook, settings.codebooks_dir, allow_path=True)
     options.out.mkdir(parents=True, exist_ok=True)
     images = ImageFolder(options.images, tuple(PICTURES.values()))
     cuts = codebook.classes(None), codebook.classes(CLASSES)
-    with engine_of(codebook) as engine:
+    with open_engine(codebook, load_codebook_encoder(codebook, settings), settings) as engine:
         for name, image in PICTURES.items():
             dataset = images.open(image, codebook)
             area: PatchRange = dataset.footprint

@@ -29,7 +29,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_cdt
 
+from geocentroids_fit.blocks import unit
 from geocentroids_fit.evaluate.images import central_part, move_windows, moved
 from geocentroids_fit.evaluate.measures import Seam, agreement, seam_along, usage_of
 from geocentroids_fit.images import ImageFolder
@@ -47,8 +47,7 @@ from geocentroids_tiler.encoder import ChunkLayout, Encoder
 from geocentroids_tiler.grid import PatchRange
 from geocentroids_tiler.hub import find_codebook
 from geocentroids_tiler.labels.engine import LabelEngine
-from geocentroids_tiler.labels.service import load_codebook_encoder
-from geocentroids_tiler.labels.store import LabelStore
+from geocentroids_tiler.labels.service import load_codebook_encoder, open_engine
 from geocentroids_tiler.settings import Settings, load_settings
 from geocentroids_tiler.source import Dataset, iterate_windows, read_patches
 
@@ -259,28 +258,6 @@ class Encoders:
                     local_files_only=True,
                 )
         return folder
-
-
-@contextmanager
-def engine_of(codebook: Codebook, encoders: Encoders, settings: Settings) -> Iterator[LabelEngine]:
-    """Run the engine of a variant of the codebook."""
-    engine = LabelEngine(
-        codebook,
-        encoders.load(codebook),
-        LabelStore(settings.label_cache_bytes),
-        read_threads=settings.read_threads,
-        token_cache_bytes=settings.token_cache_bytes,
-    )
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def unit(tokens: Floats) -> Floats:
-    """Return tokens of shape (..., D) at length 1; zero stays zero."""
-    length = np.linalg.norm(tokens, axis=-1, keepdims=True)
-    return np.asarray(tokens / np.where(length > 0, length, 1), np.float32)
 
 
 def under(dataset: Dataset, engine: LabelEngine) -> Dataset:
@@ -625,7 +602,8 @@ def main() -> None:
             if not encoders.can(scheme.window):
                 skipped.append(str(scheme))
                 continue
-            with engine_of(variant(codebook, scheme), encoders, settings) as engine:
+            laid = variant(codebook, scheme)
+            with open_engine(laid, encoders.load(laid), settings) as engine:
                 notes.append(measure(scheme, engine, scenes, learnt_from, table))
                 device = engine.device_name
                 if scheme == own and not options.quick:

@@ -145,6 +145,6 @@ class Rows:
 
 
 def unit(rows: NDArray[Float]) -> NDArray[Float]:
-    """Return rows of shape (N, D) scaled to length 1; a zero row stays zero."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    """Return rows of shape (..., D) scaled to length 1; a zero row stays zero."""
+    length = np.linalg.norm(rows, axis=-1, keepdims=True)
     return np.asarray(rows / np.where(length > 0, length, 1), rows.dtype)

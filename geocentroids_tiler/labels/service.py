@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,22 @@ def load_codebook_encoder(codebook: Codebook, settings: Settings) -> Encoder:
         threads=settings.threads,
         batch_windows=settings.batch_windows,
     )
+
+
+@contextmanager
+def open_engine(codebook: Codebook, encoder: Encoder, settings: Settings) -> Iterator[LabelEngine]:
+    """Yield an engine that stands by itself and keeps labels in memory; it is closed afterwards, its encoder too."""
+    engine = LabelEngine(
+        codebook,
+        encoder,
+        LabelStore(settings.label_cache_bytes),
+        read_threads=settings.read_threads,
+        token_cache_bytes=settings.token_cache_bytes,
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 @dataclass(frozen=True)

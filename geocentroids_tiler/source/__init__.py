@@ -12,7 +12,14 @@ from geocentroids_tiler.source.dataset import (
     source_identity,
     with_collars,
 )
-from geocentroids_tiler.source.pixels import PatchPixels, WindowPixels, iterate_windows, read_patches, read_windows
+from geocentroids_tiler.source.pixels import (
+    PatchPixels,
+    WindowPixels,
+    iterate_windows,
+    labelled_patches,
+    read_patches,
+    read_windows,
+)
 from geocentroids_tiler.source.policy import Source, gdal_options, resolve_source
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "check_structure",
     "gdal_options",
     "iterate_windows",
+    "labelled_patches",
     "open_dataset",
     "open_raster",
     "place",

@@ -89,8 +89,19 @@ def iterate_windows(
     p = pre.window_patches
     ranges = [window_patches_of(index, p, pre.margin_patches, pre.stride_patches) for index in windows]
     for read in _read_each(dataset, ranges, patch_px, cells):
-        labelled = read.valid.reshape(p, patch_px, p, patch_px).mean(axis=(1, 3)) >= 0.5
-        yield WindowPixels(read.pixels, labelled)
+        yield WindowPixels(read.pixels, labelled_patches(read.valid, patch_px))
+
+
+def labelled_patches(valid: NDArray[np.bool_], patch_px: int) -> NDArray[np.bool_]:
+    """Return the patches of which at least half of the pixels are data, of shape (R, C).
+
+    Args:
+        valid: pixels that are data, of shape (R * patch_px, C * patch_px).
+        patch_px: pixels a side of a patch.
+    """
+    rows, cols = (side // patch_px for side in valid.shape)
+    share: NDArray[np.float64] = valid.reshape(rows, patch_px, cols, patch_px).mean(axis=(1, 3))
+    return share >= 0.5
 
 
 def read_patches(

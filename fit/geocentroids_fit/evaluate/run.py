@@ -27,9 +27,7 @@ from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.encoder import Encoder
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.hub import find_codebook
-from geocentroids_tiler.labels.engine import LabelEngine
-from geocentroids_tiler.labels.service import load_codebook_encoder
-from geocentroids_tiler.labels.store import LabelStore
+from geocentroids_tiler.labels.service import load_codebook_encoder, open_engine
 from geocentroids_tiler.settings import Settings, load_settings
 
 MAX_PATCHES = 65_536
@@ -78,14 +76,7 @@ def evaluate(
     left_out = [item for item in listed if isinstance(item, LeftOut)]
     _refuse_nothing(opened, left_out)
     images: list[LabelledImage] = []
-    engine = LabelEngine(
-        found,
-        load(found, settings),
-        LabelStore(settings.label_cache_bytes),
-        read_threads=settings.read_threads,
-        token_cache_bytes=settings.token_cache_bytes,
-    )
-    try:
+    with open_engine(found, load(found, settings), settings) as engine:
         total = sum(chunks_to_label(item, engine.layout.stride_patches) for item in opened)
         with tqdm(total=total, unit="chunk", disable=not progress) as bar:
             for item in opened:
@@ -95,8 +86,6 @@ def evaluate(
                     images.append(result)
                 else:
                     left_out.append(result)
-    finally:
-        engine.close()
     _refuse_nothing(images, left_out)
     evaluation = summarize(found, engine.device_name, max_patches, sets, images, left_out)
     maps = [maps_of(images[i], list(cuts_of(found).values()), found.similarity_range()) for i in spread(len(images))]

@@ -48,13 +48,13 @@ class State:
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.learner.parameters()), weight)
 
 
-def save_state(path: Path, state: State, digest: str) -> None:
+def save_state(path: Path, digest: str, state: State) -> None:
     """Write a state, whole or not at all.
 
     Args:
         path: the file.
-        state: what to keep.
         digest: of the configuration it belongs to.
+        state: what to keep.
 
     Raises:
         InputError: if it cannot be written.

@@ -64,7 +64,7 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None]) -> None:
         say(f"goes on after step {state.step} of {config.steps}")
     else:
         (work / LOG_FILE).unlink(missing_ok=True)
-    keep = partial(_keep, work / STATE_FILE, digest)
+    keep = partial(save_state, work / STATE_FILE, digest)
     log = partial(_log, work / LOG_FILE, say)
     learnt = work / LEARNT_DIR
     if state.step < config.learn_steps:
@@ -148,10 +148,6 @@ def _fresh(config: PretrainConfig, sampler: Sampler, statistics: int, device: to
     start(learner.student, patches.flatten(0, 2))
     learner.student.run_on(device)
     return State.fresh(learner.to(device), config.learning_rate, config.weight_decay)
-
-
-def _keep(path: Path, digest: str, state: State) -> None:
-    save_state(path, state, digest)
 
 
 def _log(path: Path, say: Callable[[str], None], values: dict[str, float]) -> None:

@@ -14,7 +14,7 @@ from geocentroids_fit.images import ImageFolder, ahead
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import GeocentroidsError, InputError
 from geocentroids_tiler.grid import PatchRange
-from geocentroids_tiler.source import Dataset, read_patches
+from geocentroids_tiler.source import Dataset, labelled_patches, read_patches
 
 BLOCK_PATCHES = 64
 """Side of the parts that are taken of an image too large to be taken whole."""
@@ -116,11 +116,10 @@ def _scenes_of(name: str, dataset: Dataset, patch_px: int, per_image: int, seed:
     found = 0
     for patches in _parts(name, dataset.footprint, per_image, seed):
         read = read_patches(dataset, [patches], patch_px)[0]
-        rows, cols = patches.shape
-        share: NDArray[np.float64] = read.valid.reshape(rows, patch_px, cols, patch_px).mean(axis=(1, 3))
-        if (share >= 0.5).any():
-            yield Scene(name, dataset, patches, np.array(read.pixels), np.array(read.valid), share >= 0.5)
-        found += int((share >= 0.5).sum())
+        labelled = labelled_patches(read.valid, patch_px)
+        if labelled.any():
+            yield Scene(name, dataset, patches, np.array(read.pixels), np.array(read.valid), labelled)
+        found += int(labelled.sum())
         if found >= per_image:
             return
 

@@ -41,8 +41,8 @@ TEACHER_STRENGTH = 0.4
 """How far cameras of the teacher's views differ, as a share of the student's."""
 MASKED_SHARE, MAX_MASKED = 0.6, 0.65
 """Views with hidden patches, and the largest share of patches hidden in one."""
-HIDDEN_WEIGHT, SAME_WEIGHT = 0.1, 0.1
-"""Of the losses on prototypes; that on statistics weighs 1. Heavier, they drown the statistics in the first steps."""
+WEIGHTS = {"statistics": 1.0, "hidden": 0.1, "same": 0.1, "distance": 1.0}
+"""Of the losses. Those on prototypes, if heavier, drown the statistics in the first steps."""
 MAX_DEVIATIONS = 5.0
 """Statistics farther from their mean count as this far."""
 SETTLE_STRENGTH = 0.5
@@ -57,50 +57,56 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Seen:
-    """Views as the networks see them.
+    """Views as the student sees them.
 
     Attributes:
         views: the ground as it is.
         student: the same through another camera, normalised, of shape (B, 3, S, S).
-        teacher: the same through a camera that differs less; None where no teacher looks.
-        masked: patches hidden from the student, of shape (B, N, N), bool.
         origin: where on the position grid the windows lie.
     """
 
     views: Views
     student: Tensor
-    teacher: Tensor | None
-    masked: Tensor
     origin: tuple[int, int]
 
 
-def draw_pair(sampler: Sampler, config: PretrainConfig, step: int) -> tuple[Seen, Seen]:
+@dataclass(frozen=True)
+class Taught(Seen):
+    """Views that a teacher sees too.
+
+    Attributes:
+        teacher: as ``student``, through a camera that differs less.
+        masked: patches hidden from the student, of shape (B, N, N), bool.
+    """
+
+    teacher: Tensor
+    masked: Tensor
+
+
+def draw_pair(sampler: Sampler, config: PretrainConfig, step: int) -> tuple[Taught, Taught]:
     """Draw the two views of a step; they depend on nothing but the step and the seed."""
     rng = np.random.default_rng([config.seed, step])
     sides = (int(rng.choice(config.sides)), int(rng.choice(config.sides)))
     count = max(1, config.batch_patches // (sides[0] ** 2 + sides[1] ** 2))
     one, other = sampler.draw_pairs(count, sides, rng)
-    return _seen(one, config, rng), _seen(other, config, rng)
+    return _taught(one, config, rng), _taught(other, config, rng)
 
 
 def draw_one(sampler: Sampler, config: PretrainConfig, step: int) -> Seen:
-    """Draw the views of a step of the second stage; no patch is hidden and no teacher looks."""
+    """Draw the views of a step of the second stage."""
     rng = np.random.default_rng([config.seed, step])
     side = int(rng.choice(config.settle_sides))
     views = sampler.draw(max(1, config.batch_patches // side**2), side, rng)
     seen = normalised(other_camera(views.pixels, SETTLE_STRENGTH * config.strength, rng), config)
-    return Seen(views, seen, None, torch.zeros_like(views.valid), _origin(side, config, rng))
+    return Seen(views, seen, _origin(side, config, rng))
 
 
-def _seen(views: Views, config: PretrainConfig, rng: np.random.Generator) -> Seen:
+def _taught(views: Views, config: PretrainConfig, rng: np.random.Generator) -> Taught:
     count, side = views.valid.shape[:2]
-    return Seen(
-        views,
-        normalised(other_camera(views.pixels, config.strength, rng), config),
-        normalised(other_camera(views.pixels, TEACHER_STRENGTH * config.strength, rng), config),
-        _masks(count, side, rng),
-        _origin(side, config, rng),
-    )
+    student = normalised(other_camera(views.pixels, config.strength, rng), config)
+    teacher = normalised(other_camera(views.pixels, TEACHER_STRENGTH * config.strength, rng), config)
+    masked = _masks(count, side, rng)
+    return Taught(views, student, _origin(side, config, rng), teacher, masked)
 
 
 def _origin(side: int, config: PretrainConfig, rng: np.random.Generator) -> tuple[int, int]:
@@ -120,7 +126,7 @@ def _masks(count: int, side: int, rng: np.random.Generator) -> Tensor:
 
 
 def learn_losses(
-    state: State, pair: tuple[Seen, Seen], bank: Sequence[Tensor], config: PretrainConfig
+    state: State, pair: tuple[Taught, Taught], bank: Sequence[Tensor], config: PretrainConfig
 ) -> dict[str, Tensor]:
     """Return the losses of the first stage.
 
@@ -144,8 +150,7 @@ def learn_losses(
             tokens.append(own)
             scores.append(state.learner.prototypes(own))
             with torch.no_grad():
-                shown = seen.student if seen.teacher is None else seen.teacher
-                taught = state.averaged.student(shown.to(device), None, seen.origin).flatten(0, 2)
+                taught = state.averaged.student(seen.teacher.to(device), None, seen.origin).flatten(0, 2)
                 codes.append(state.averaged.prototypes(taught))
         statistics = [state.learner.bank(own).float() for own in tokens]
     valid = [seen.views.valid.flatten().to(device) for seen in pair]
@@ -185,10 +190,6 @@ def settle_losses(state: State, seen: Seen, targets: Sequence[Tensor], config: P
     wanted = sample_maps(targets, seen.views)[known].to(device)
     likeness = functional.cosine_similarity(tokens.float()[known.to(device)], wanted, dim=-1)
     return {"distance": (1 - likeness).sum() / max(1, len(likeness))}
-
-
-WEIGHTS = {"statistics": 1.0, "hidden": HIDDEN_WEIGHT, "same": SAME_WEIGHT, "distance": 1.0}
-"""Of the losses."""
 
 
 def learning_rate(step: int, config: PretrainConfig) -> float:
