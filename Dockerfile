@@ -14,13 +14,17 @@ WORKDIR /src
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY geocentroids_tiler/ geocentroids_tiler/
 COPY --from=viewer /src/static/dist static/dist
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+RUN --mount=type=bind,source=locks,target=/locks \
+    pip install --no-cache-dir --require-hashes --no-deps --only-binary :all: -r /locks/build.txt \
+    && pip wheel --no-cache-dir --no-build-isolation --no-deps --no-index --wheel-dir /wheels .
 
 FROM python:3.13-slim-bookworm
 ARG VARIANT=cpu
-COPY constraints.txt /tmp/constraints.txt
-RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir -c /tmp/constraints.txt "$(ls /wheels/*.whl)[${VARIANT},store]" \
+RUN --mount=type=bind,source=locks,target=/locks \
+    --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    pip install --no-cache-dir --require-hashes --no-deps --only-binary :all: -r "/locks/${VARIANT}.txt" \
+    && pip install --no-cache-dir --no-deps --no-index /wheels/*.whl \
+    && pip check \
     && useradd --create-home --uid 10001 geocentroids
 USER 10001
 ENV PYTHONUNBUFFERED=1 \

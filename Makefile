@@ -3,13 +3,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 SMOKE ?= .venv-smoke
+SUPPLY ?= .venv-supply
 PORT ?= 8000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 VIEWER := static/dist/index.html
 VIEWER_SOURCES := $(wildcard static/src/*) static/package.json static/package-lock.json
 
-.PHONY: demo test check unit smoke viewer clean
+# What the Docker image installs: its Python, and the extras beside cpu or gpu.
+IMAGE_PYTHON := 3.13
+IMAGE_EXTRAS := store objects
+LOCK = UV_CUSTOM_COMPILE_COMMAND='make locks' $(SUPPLY)/bin/uv pip compile -q --no-config --generate-hashes --universal \
+	--only-binary :all: --python-version $(IMAGE_PYTHON) --no-python-downloads --no-emit-index-url --no-annotate $(LOCK_FLAGS)
+
+.PHONY: demo test check unit smoke viewer locks audit clean
 
 demo: $(VENV)/.installed $(VIEWER)  ## classify a sample scene and show it in the browser
 	$(BIN)/geocentroids demo --port $(PORT)
@@ -43,6 +50,27 @@ $(VIEWER): $(VIEWER_SOURCES)
 	@if command -v npm >/dev/null; then cd static && npm ci --no-audit --no-fund && npm run build; \
 	else echo "npm was not found: the server runs without its web page (install Node.js 20, then: make viewer)"; fi
 
+# Versions that are in the locks already stay; LOCK_FLAGS=--upgrade takes the newest that constraints.txt allows.
+locks: $(SUPPLY)/.installed  ## the versions and hashes that the Docker image installs
+	$(LOCK) pyproject.toml -c constraints.txt --extra cpu $(IMAGE_EXTRAS:%=--extra %) -o locks/cpu.txt
+	$(LOCK) pyproject.toml -c constraints.txt --extra gpu $(IMAGE_EXTRAS:%=--extra %) -o locks/gpu.txt
+	$(SUPPLY)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' | \
+		$(LOCK) - -o locks/build.txt
+
+# Needs a network. --strict: what could not be looked up is a failure, for otherwise nothing looked up is a success.
+audit: $(SUPPLY)/.installed  ## known vulnerabilities of what the image and the web page are made of
+	@failed=; \
+	for lock in locks/*.txt; do \
+		echo "$$lock"; $(SUPPLY)/bin/pip-audit --strict --disable-pip --require-hashes -r "$$lock" || failed=1; \
+	done; \
+	(cd static && npm audit) || failed=1; \
+	[ -z "$$failed" ]
+
+$(SUPPLY)/.installed: Makefile
+	$(PYTHON) -m venv $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip --disable-pip-version-check -q install uv==0.13.9 pip-audit==2.10.1
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
@@ -57,4 +85,4 @@ $(VENV)/.tested: $(VENV)/.installed fit/pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SMOKE) static/dist static/node_modules
+	rm -rf $(VENV) $(SMOKE) $(SUPPLY) static/dist static/node_modules

@@ -57,7 +57,7 @@ def make_features(folder: Path, features: int, dim: int) -> None:
 
 
 def open_parts(folder: Path) -> list[np.ndarray]:
-    return [np.load(path, mmap_mode="r") for path in sorted(folder.glob("part*.npy"))]
+    return [np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("part*.npy"))]
 
 
 def objective(parts: list[np.ndarray], centroids: np.ndarray) -> float:
@@ -75,7 +75,7 @@ def objective(parts: list[np.ndarray], centroids: np.ndarray) -> float:
 
 def run(program: str, folder: Path, iterations: int, tolerance: float) -> None:
     """Fit with one program, in a process of its own; write its centroids and its report."""
-    parts, start = open_parts(folder), np.load(folder / "start.npy")
+    parts, start = open_parts(folder), np.load(folder / "start.npy", allow_pickle=False)
     k, dim = start.shape
     peak_kib = [0]
     threading.Thread(target=watch_memory, args=(peak_kib,), daemon=True).start()
@@ -141,7 +141,7 @@ def main() -> None:
         for program in ("ours", peer):
             subprocess.run([sys.executable, __file__, "--run", program, name, *options], check=True)
             report = Report(**json.loads((folder / f"{program}.json").read_text()))
-            results[program] = report, objective(parts, np.load(folder / f"{program}.npy"))
+            results[program] = report, objective(parts, np.load(folder / f"{program}.npy", allow_pickle=False))
             print(
                 f"{program}: {report.seconds:.1f} s, objective {results[program][1]:.6g}, peak memory "
                 f"{report.peak_mib:.0f} MiB, of it not mapped from files {report.anonymous_mib:.0f} MiB",

@@ -375,7 +375,7 @@ def gather(feature: Feature, images: Sequence[Picked], cache: Path | None) -> li
     digest = digest_of(feature.key)
     paths = [_cache_path(cache, feature.name, digest_of([digest, image.digest])) for image in images]
     if all(path is not None and path.is_file() for path in paths):  # the encoder need not be loaded
-        return [np.load(path) for path in paths if path is not None]
+        return [np.load(path, allow_pickle=False) for path in paths if path is not None]
     with feature.opened() as compute:
         return [_kept(path, partial(compute, image)) for path, image in zip(paths, images, strict=True)]
 
@@ -557,7 +557,7 @@ def _mask_of(root: Path, name: str) -> Path | None:
 def _kept(path: Path | None, make: Callable[[], Array]) -> Array:
     """Return an array from a file, or make it, and the file whole or not at all."""
     if path is not None and path.is_file():
-        return np.asarray(np.load(path))
+        return np.asarray(np.load(path, allow_pickle=False))
     array = make()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace, folder: str, file: Path, samples: NDArray[np.uint8]) -> None:
     """Measure all paths in turns and print them."""
-    processor, model = make_processor(), transformers.AutoModel.from_pretrained(folder).eval()
+    processor, model = make_processor(), transformers.AutoModel.from_pretrained(folder, use_safetensors=True).eval()
     others, samples = samples[: -arguments.windows], samples[-arguments.windows :]
     centroids = np.concatenate([tokens_of(processor, model, sample) for sample in others]).astype(np.float32)
     index = faiss.IndexFlatIP(centroids.shape[1])

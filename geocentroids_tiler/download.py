@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -94,7 +96,7 @@ def fetch_file(
     asks for the rest only (Range with If-Range). A file with a wrong digest is dropped.
 
     Args:
-        url: http(s) URL.
+        url: http(s) URL. Redirects are followed, but not from https to http.
         destination: where the file goes; its folder is made if need be.
         digest: what the content must be.
         max_bytes: size beyond which the file is refused.
@@ -143,13 +145,15 @@ def fetch_snapshot(
         local_dir: folder for the files; none: the hub's own cache.
         cache_dir: the cache, if not the usual one.
         endpoint: base URL of the hub, if not the usual one.
-        progress: show progress bars on a terminal.
+        progress: show progress bars on a terminal, and say which commit a revision stands for.
 
     Raises:
         DownloadError: if a file is missing, cannot be fetched or stored, or is not what the listing says.
     """
     with storing(local_dir or cache_dir or Path.home()), _hub_errors(repo_id):
         commit, files = _hub_listing(repo_id, revision, endpoint)
+        if progress and revision != commit:
+            tqdm.write(f"{repo_id}: {revision or 'main'} is commit {commit}", file=sys.stderr)
         wanted = [file for file in files if any(fnmatchcase(file.path, pattern) for pattern in patterns)]
         _check_listing(repo_id, wanted, required, max_bytes)
         hub = _hub()
@@ -208,7 +212,19 @@ def _fetch_part(url: str, part: Path, max_bytes: int, retry: Retry, progress: bo
     # identity: offsets in a compressed stream are not offsets in the file
     headers = {"Accept-Encoding": "identity", "User-Agent": f"geocentroids-tiler/{__version__}"}
     failures = 0
-    with httpx.Client(follow_redirects=True, max_redirects=3, timeout=timeout, headers=headers) as client:
+
+    def stay_encrypted(request: httpx.Request) -> None:
+        if urlsplit(url).scheme == "https" and request.url.scheme != "https":
+            raise DownloadError(f"{url} redirects to {request.url}; from https only https is followed")
+
+    # Proxies and credentials of the environment apply: the URLs are those of recipes and operators, never of requests.
+    with httpx.Client(
+        follow_redirects=True,
+        max_redirects=3,
+        timeout=timeout,
+        headers=headers,
+        event_hooks={"request": [stay_encrypted]},
+    ) as client:
         while True:
             before = _size_bytes(part)
             try:
@@ -232,13 +248,6 @@ def _fetch_part(url: str, part: Path, max_bytes: int, retry: Retry, progress: bo
                 time.sleep(retry.wait_s * 2 ** (failures - 1))
             else:
                 return
-
-
-def _hopeless() -> tuple[type[Exception], ...]:
-    """Return the errors after which another attempt would end the same way."""
-    import httpx
-
-    return (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.TooManyRedirects)
 
 
 def _stream(client: httpx.Client, url: str, part: Path, max_bytes: int, progress: bool) -> None:

@@ -35,6 +35,7 @@ from geocentroids_tiler.importing import (
     WORK_DIR,
     build_codebook,
     check_name,
+    check_onnx_file,
     import_codebook,
     install,
     read_arrays,
@@ -114,7 +115,7 @@ class Remotes:
         hub_endpoint: base URL of the Hugging Face Hub; None: the usual one.
         hub_cache_dir: folder that encoders are kept in; None: the hub's usual cache, where loaders look for them.
         retry: how to go on after a transfer from GitHub broke off.
-        progress: show progress bars on a terminal.
+        progress: show progress bars on a terminal, and say which commit a revision stands for.
     """
 
     github_url: str = GITHUB_RAW_URL
@@ -354,8 +355,11 @@ def _pull_repository(
         if file not in kept:  # of another commit, fetched before
             file.unlink()
     try:
-        manifest = load_codebook(work).manifest
+        draft = load_codebook(work)
+        manifest = draft.manifest
         _check_encoder_source(repo_id, manifest.encoder.source)
+        if draft.encoder_path is not None:
+            check_onnx_file(draft.encoder_path)
     except CodebookError as error:
         shutil.rmtree(work)
         raise CodebookError(f"hub repository {repo_id} is not a codebook that can be installed: {error}") from error
@@ -364,8 +368,9 @@ def _pull_repository(
     if manifest.name in RECIPES and not force:
         raise InputError(f"hub repository {repo_id} calls itself {manifest.name!r}, another codebook; --force takes it")
     encoder = _fetch_encoder(manifest.encoder, remotes)
+    fetched = {file: file_sha256(work / file) for file in sorted(snapshot.files)}
     _write_manifest(manifest.model_copy(update={"encoder": encoder}), work)
-    origin = {"repository": repo_id, "commit": snapshot.commit}
+    origin = {"repository": repo_id, "commit": snapshot.commit, "sha256": fetched}
     (work / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(hub_files, ignore_errors=True)
     return install(work, codebooks_dir)

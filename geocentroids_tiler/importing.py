@@ -28,7 +28,7 @@ from geocentroids_tiler.codebook import (
     save_codebook,
     validation_problems,
 )
-from geocentroids_tiler.errors import CodebookError, InputError
+from geocentroids_tiler.errors import CodebookError, EncoderError, InputError
 
 EMBEDDED_DIR = Path(__file__).parent / "codebooks"
 CONFIG_FILE = "config.json"
@@ -176,6 +176,22 @@ def check_name(name: str, codebooks_dir: Path, *, force: bool) -> None:
         raise InputError(f"a codebook named {name!r} is installed; use another name, or --force to replace it")
 
 
+def check_onnx_file(path: Path) -> None:
+    """Raise CodebookError unless a codebook may have the ONNX file at ``path`` as its encoder.
+
+    The same check is made whenever the encoder is loaded. Where the onnx package is missing nothing can load it, and it
+    is not checked here.
+    """
+    try:
+        from geocentroids_tiler.encoder.model_file import read_model
+    except ImportError:
+        return
+    try:
+        read_model(path)
+    except EncoderError as error:
+        raise CodebookError(str(error)) from error
+
+
 def _read_npy(path: Path) -> NDArray[Any]:
     """Map an .npy file into memory; pickled content is refused."""
     try:
@@ -201,6 +217,7 @@ def _encoder_section(
     if embedded is not None:
         if not path.is_file():
             raise InputError(f"encoder {encoder!r} is missing; expected an .onnx file")
+        check_onnx_file(path)
         source = ENCODER_FILE
     elif path.is_dir():
         source, config = str(path.resolve()), _read_config(path)

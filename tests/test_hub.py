@@ -14,12 +14,14 @@ from typing import Any
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import httpx
 import huggingface_hub
 import numpy as np
 import pytest
 from codebooks import make_codebook, make_manifest, write_exemplars
 from hub_standin import COMMIT, StandIn, git_blob, serve_stand_in
 from huggingface_hub import file_download
+from onnx_files import with_external_weight, write_encoder
 from safetensors.numpy import load
 
 from geocentroids_tiler import download, hub, importing
@@ -280,6 +282,40 @@ def test_connection_refused(tmp_path: Path) -> None:
         fetch_file(f"http://127.0.0.1:{free_port()}/file", tmp_path / "file", digest=SHA, max_bytes=9, retry=QUICK)
 
 
+@pytest.mark.parametrize(
+    ("hops", "refused"),
+    [
+        (["https://a.test/x", "https://b.test/x"], None),
+        (["https://a.test/x", "http://b.test/x"], "http://b.test/x"),
+        (["https://a.test/x", "https://b.test/x", "http://a.test/x"], "http://a.test/x"),
+        (["http://a.test/x", "https://b.test/x"], None),
+        (["http://a.test/x", "http://b.test/x"], None),
+    ],
+)
+def test_redirect_from_https_to_http(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hops: list[str], refused: str | None
+) -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        following = hops[len(asked) :]
+        return (
+            httpx.Response(302, headers={"Location": following[0]}) if following else httpx.Response(200, content=b"x")
+        )
+
+    client = httpx.Client
+    monkeypatch.setattr(httpx, "Client", lambda **kw: client(transport=httpx.MockTransport(answer), **kw))
+    digest = Digest(sha256=hashlib.sha256(b"x").hexdigest())
+    if refused is None:
+        assert fetch_file(hops[0], tmp_path / "x", digest=digest, max_bytes=9, retry=QUICK).read_bytes() == b"x"
+        assert asked == hops
+        return
+    with pytest.raises(DownloadError, match=rf"{hops[0]} redirects to {refused}; from https only https is followed"):
+        fetch_file(hops[0], tmp_path / "x", digest=digest, max_bytes=9, retry=QUICK)
+    assert asked == hops[:-1], "what is refused is not asked for"
+
+
 @pytest.mark.parametrize("url", ["not a url", "ftp://127.0.0.1/x", "http://[::1"])
 def test_odd_urls(tmp_path: Path, url: str) -> None:
     with pytest.raises(DownloadError):
@@ -533,16 +569,38 @@ def test_pulls_a_repository(server: StandIn, remotes: Remotes, library: Path, tm
     assert find_codebook("Owner/Sample", library).digest == codebook.digest
     assert find_codebook("sample", library).digest == codebook.digest
     origin = json.loads((codebook.path / "origin.json").read_text())
-    assert origin == {"repository": "Owner/Sample", "commit": COMMIT}
+    assert (origin["repository"], origin["commit"]) == ("Owner/Sample", COMMIT)
+    assert set(origin["sha256"]) == files - {"origin.json"}
+    for file, digest in origin["sha256"].items():
+        assert digest == hashlib.sha256(server.repos["Owner/Sample"][file]).hexdigest(), "as published"
     assert list((library / ".partial").iterdir()) == []
     for name in ("Owner/Sample", "sample"):
         assert pull_codebook(name, library, remotes=remotes, force=True).digest == codebook.digest
 
 
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+def test_pull_says_which_commit_it_takes(
+    server: StandIn,
+    remotes: Remotes,
+    library: Path,
+    tmp_path: Path,
+    revision: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    publish(server, tmp_path)
+    codebook = pull_codebook("Owner/Sample", library, revision=revision, remotes=replace(remotes, progress=True))
+    said = capsys.readouterr().err
+    assert f"owner/encoder: main is commit {COMMIT}" in said
+    assert (f"Owner/Sample: main is commit {COMMIT}" in said) == (revision != COMMIT)
+    assert codebook.manifest.encoder.revision == COMMIT
+    taken = [path for _, path, _ in server.requests if "/resolve/" in path]
+    assert taken
+    assert all(f"/resolve/{COMMIT}/" in path for path in taken), "files are asked for by commit, not by branch"
+
+
 def test_repository_with_embedded_encoder(server: StandIn, remotes: Remotes, library: Path, tmp_path: Path) -> None:
     publish(server, tmp_path)
-    onnx = tmp_path / "encoder.onnx"
-    onnx.write_bytes(b"onnx")
+    onnx = write_encoder(tmp_path / "encoder.onnx")
     section = EncoderSection(source="encoder.onnx", architecture="x", dim=5)
     path = tmp_path / "embedded"
     save_codebook(make_codebook(encoder=section), path, card="", encoder=onnx)
@@ -550,6 +608,25 @@ def test_repository_with_embedded_encoder(server: StandIn, remotes: Remotes, lib
     codebook = pull_codebook("a/b", library, remotes=remotes)
     assert codebook.encoder_path is not None
     assert codebook.manifest.encoder.sha256 == file_sha256(onnx)
+    assert codebook.path is not None
+    written = json.loads((codebook.path / "codebook.json").read_text())
+    assert written["encoder"]["sha256"] == file_sha256(onnx), "the digest is pinned"
+
+
+@pytest.mark.parametrize("source", ["encoder.onnx", "owner/encoder"])
+def test_repository_with_an_encoder_in_two_files(
+    server: StandIn, remotes: Remotes, library: Path, tmp_path: Path, source: str
+) -> None:
+    publish(server, tmp_path)
+    path = tmp_path / "embedded"
+    encoder = write_encoder(tmp_path / "encoder.onnx", with_external_weight())
+    section = EncoderSection(source=source, architecture="x", dim=5)
+    save_codebook(make_codebook(encoder=section), path, card="", encoder=encoder)
+    server.repos["a/b"] = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    with pytest.raises(CodebookError, match=r"repository a/b .*encoder.onnx: keeps 'weight' in another file"):
+        pull_codebook("a/b", library, remotes=remotes)
+    assert not (library / "sample").exists()
+    assert not list((library / ".partial").iterdir())
 
 
 def test_interrupted_repository_goes_on(server: StandIn, remotes: Remotes, library: Path, tmp_path: Path) -> None:
@@ -739,10 +816,17 @@ def test_import_of_a_checkpoint_directory(arrays: tuple[Path, Path], library: Pa
 def test_import_embeds_an_onnx_file(arrays: tuple[Path, Path], library: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected an .onnx file"):
         do_import(arrays, library, encoder=str(tmp_path / "none.onnx"))
-    (tmp_path / "e.onnx").write_bytes(b"onnx")
-    codebook = do_import(arrays, library, encoder=str(tmp_path / "e.onnx"))
+    encoder = write_encoder(tmp_path / "e.onnx", with_external_weight())
+    with pytest.raises(CodebookError, match=r"e.onnx: keeps 'weight' in another file"):
+        do_import(arrays, library, encoder=str(encoder))
+    encoder.write_bytes(b"onnx")
+    with pytest.raises(CodebookError, match=r"e.onnx: is not an ONNX model"):
+        do_import(arrays, library, encoder=str(encoder))
+    assert not library.exists()
+    write_encoder(encoder)
+    codebook = do_import(arrays, library, encoder=str(encoder))
     assert codebook.encoder_path is not None
-    assert codebook.encoder_path.read_bytes() == b"onnx"
+    assert codebook.encoder_path.read_bytes() == encoder.read_bytes()
 
 
 def test_pull_completes_an_import(server: StandIn, remotes: Remotes, arrays: tuple[Path, Path], library: Path) -> None:

@@ -8,17 +8,75 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import TensorProto
+from onnx import FunctionProto, NodeProto, TensorProto
 
 from geocentroids_tiler.encoder.checks import check_batch
 from geocentroids_tiler.errors import EncoderError
 
 CONTRACT = "input 'windows' uint8 (N, S, S, 3), output 'tokens' float32 (N, P, P, D), S a multiple of P"
 
-DOMAINS = ("", "ai.onnx", "com.microsoft")
+STANDARD_DOMAINS = ("", "ai.onnx")
+"""Of ONNX's own operators. None of them opens a file or loads code."""
 
-REFUSED_OPS = ("EPContext",)
-"""Operators that read further files: an EPContext node names a compiled engine."""
+RUNTIME_DOMAIN = "com.microsoft"
+
+RUNTIME_OPS = frozenset(
+    {
+        "Attention",
+        "BiasAdd",
+        "BiasGelu",
+        "BiasSplitGelu",
+        "DequantizeLinear",
+        "DynamicQuantizeMatMul",
+        "FastGelu",
+        "FusedConv",
+        "FusedGemm",
+        "FusedMatMul",
+        "FusedMatMulActivation",
+        "Gelu",
+        "GemmFastGelu",
+        "GroupNorm",
+        "GroupQueryAttention",
+        "LayerNormalization",
+        "MatMulBnb4",
+        "MatMulInteger16",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "MultiHeadAttention",
+        "NhwcConv",
+        "PackedAttention",
+        "PackedMultiHeadAttention",
+        "QAttention",
+        "QGemm",
+        "QLinearAdd",
+        "QLinearConcat",
+        "QLinearConv",
+        "QLinearMul",
+        "QLinearReduceMean",
+        "QLinearSigmoid",
+        "QLinearSoftmax",
+        "QLinearWhere",
+        "QuantizeLinear",
+        "QuickGelu",
+        "RelativePositionBias",
+        "RotaryEmbedding",
+        "SimplifiedLayerNormalization",
+        "SkipGroupNorm",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
+"""Of ONNX Runtime's operators those that its optimiser puts in for standard ones. Others in the same domain name a
+compiled engine (EPContext), carry a program (Snpe) or call Python by name (PythonOp).
+
+Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+ORT_MARK = b"ORTM"
+"""As bytes 4 to 8 it makes ONNX Runtime read the content, valid ONNX or not, in its own format.
+
+Source: https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/flatbuffers/flatbuffers_utils.cc
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +151,8 @@ def read_model(path: Path) -> tuple[bytes, ModelSpec]:
         content = path.read_bytes()
     except OSError as error:
         raise EncoderError(f"{path}: cannot be read: {error.strerror}") from error
+    if content[4:8] == ORT_MARK:
+        raise EncoderError(f"{path}: is marked as ONNX Runtime's own format, allowed: an ONNX model")
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError is private to its implementation
@@ -154,55 +214,40 @@ def _text(values: list[tuple[str, int, tuple[int | str, ...]]]) -> str:
 
 
 def _refuse_other_files(path: Path, model: Any) -> None:
-    """Refuse whatever would make ONNX Runtime open another file or load other code."""
-    for node in _nodes(model):
-        if node.domain not in DOMAINS or node.op_type in REFUSED_OPS:
+    """Refuse whatever would make a runtime open another file or run other code.
+
+    Every message of the file is looked at, wherever it is: in subgraphs, attributes, sparse tensors, training graphs.
+    """
+    for message in _messages(model):
+        if isinstance(message, FunctionProto):
             raise EncoderError(
-                f"{path}: uses the operator {node.domain}::{node.op_type}, allowed: standard ONNX operators"
+                f"{path}: defines the function {message.domain}::{message.name}, "
+                "allowed: a graph of operators without functions of its own"
             )
-    for tensor in _tensors(model):
-        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+        if isinstance(message, NodeProto) and not _is_known(message):
             raise EncoderError(
-                f"{path}: keeps {tensor.name!r} in another file (ONNX external data), "
+                f"{path}: uses the operator {message.domain}::{message.op_type}, "
+                "allowed: standard ONNX operators and those that ONNX Runtime fuses them to"
+            )
+        if isinstance(message, TensorProto) and (
+            message.data_location != TensorProto.DEFAULT or len(message.external_data)
+        ):
+            raise EncoderError(
+                f"{path}: keeps {message.name!r} in another file (ONNX external data), "
                 "allowed: one file that holds all weights"
             )
 
 
-def _nodes(model: Any) -> Iterator[Any]:
-    for function in model.functions:
-        yield from _walk(function.node)
-    yield from _walk(model.graph.node)
-    for training in model.training_info:
-        yield from _walk(training.initialization.node)
-        yield from _walk(training.algorithm.node)
+def _is_known(node: Any) -> bool:
+    return node.domain in STANDARD_DOMAINS or (node.domain == RUNTIME_DOMAIN and node.op_type in RUNTIME_OPS)
 
 
-def _walk(nodes: Any) -> Iterator[Any]:
-    for node in nodes:
-        yield node
-        for graph in _subgraphs(node):
-            yield from _walk(graph.node)
-
-
-def _subgraphs(node: Any) -> Iterator[Any]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def _tensors(model: Any) -> Iterator[Any]:
-    graphs = [model.graph]
-    graphs += [graph for t in model.training_info for graph in (t.initialization, t.algorithm)]
-    for node in _nodes(model):
-        graphs += _subgraphs(node)
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            sparse = [attribute.sparse_tensor, *attribute.sparse_tensors]
-            yield from (tensor for item in sparse for tensor in (item.values, item.indices))
-    for graph in graphs:
-        yield from graph.initializer
-        for item in graph.sparse_initializer:
-            yield from (item.values, item.indices)
+def _messages(message: Any) -> Iterator[Any]:
+    """Yield a protobuf message and all messages in it; of a tensor the tensor only, so that no weights are copied."""
+    yield message
+    if isinstance(message, TensorProto):
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for item in [value] if hasattr(value, "ListFields") else value:
+                yield from _messages(item)
