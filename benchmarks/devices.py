@@ -62,7 +62,7 @@ def read_blocks(folder: Path, codebook: Codebook, layout: ChunkLayout, count: in
     open_images = []
     for path in sorted(folder.rglob("*.tif")):
         source = resolve_source(str(path.relative_to(folder)), folder)
-        dataset = open_dataset(source, source_identity(source, 10), ReadOptions(), codebook, 10)
+        dataset = open_dataset(source, source_identity(source), ReadOptions(), codebook)
         chunks = list(dataset.footprint.chunks(layout.stride_patches))
         open_images.append((dataset, [chunks[i] for i in rng.permutation(len(chunks))]))
     while len(found.pixels) < count and any(chunks for _, chunks in open_images):

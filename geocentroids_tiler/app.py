@@ -1,8 +1,8 @@
 """The application that ``geocentroids serve`` runs: TiTiler's COG routes, ours beside them, the viewer, and health."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import attrs
 from fastapi import APIRouter, FastAPI, Path
@@ -15,18 +15,55 @@ from titiler.core.errors import DEFAULT_STATUS_CODES, add_exception_handlers
 from titiler.core.factory import TilerFactory, TMSFactory
 
 from geocentroids_tiler import __version__
-from geocentroids_tiler.errors import GeocentroidsError, http_headers, http_status
+from geocentroids_tiler.access import AccessMiddleware, is_protected
+from geocentroids_tiler.docs_page import add_docs
+from geocentroids_tiler.errors import GeocentroidsError
 from geocentroids_tiler.handlers import NoStoreRoute, find_codebook, run
 from geocentroids_tiler.hot import HotTiles, HotTilesMiddleware
 from geocentroids_tiler.hub import list_codebooks
 from geocentroids_tiler.labels.service import Service
+from geocentroids_tiler.limits import LimitsMiddleware
 from geocentroids_tiler.metrics import exposition
 from geocentroids_tiler.params import ReadParams, path_param
+from geocentroids_tiler.refusals import refusal
 from geocentroids_tiler.request_log import RequestLogMiddleware
 from geocentroids_tiler.responses import CodebookInfo, codebook_info
+from geocentroids_tiler.security_headers import HeaderSet, SecurityHeadersMiddleware
 from geocentroids_tiler.settings import Settings
-from geocentroids_tiler.source import open_raster, resolve_source
+from geocentroids_tiler.source import check_structure, open_raster
+from geocentroids_tiler.stock import stock_route
+from geocentroids_tiler.stock_params import BoundedPartParams
 from geocentroids_tiler.tiler import GeocentroidsExtension
+
+PREFIX = "/cog"
+
+
+class ErrorAnswer(BaseModel):
+    """What every error says."""
+
+    detail: str
+
+
+def _described(descriptions: dict[int, str]) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorAnswer, "description": text} for status, text in descriptions.items()}
+
+
+ERROR_RESPONSES = _described(
+    {
+        400: "Something in the request cannot be used.",
+        401: "A key or a signature is needed.",
+        404: "There is no such image, codebook or place.",
+        409: "The image changed while it was read.",
+        413: "The body is too large.",
+        414: "Path and query are too long.",
+        422: "A parameter is missing or out of bounds, or the image is not one that can be classified.",
+        429: "Too many requests of one client are under way; see Retry-After.",
+        431: "The headers are too large.",
+        500: "Something is wrong with the server or its codebook.",
+        503: "Too much is under way, or it takes too long; see Retry-After.",
+    }
+)
+"""Errors that may be answered on any route; the first ones of all are answered before a route is looked for."""
 
 
 def create_app(settings: Settings | None = None, service: Service | None = None) -> FastAPI:
@@ -47,10 +84,21 @@ def create_app(settings: Settings | None = None, service: Service | None = None)
         yield
         service.close()
 
-    app = FastAPI(title="geocentroids-tiler", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="geocentroids-tiler",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=ERROR_RESPONSES,
+    )
     app.state.service = service
     hot = HotTiles(service.clock)
+    # Each one added stands before those added earlier: the last sees a request first.
     app.add_middleware(HotTilesMiddleware, hot=hot)
+    if is_protected(settings):
+        app.add_middleware(AccessMiddleware, settings=settings, prefix=PREFIX)
+    app.add_middleware(LimitsMiddleware, settings=settings)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
@@ -58,16 +106,20 @@ def create_app(settings: Settings | None = None, service: Service | None = None)
         allow_headers=["*"],
         expose_headers=["ETag", "X-Geocentroids-Empty", "Server-Timing", "X-Request-ID", "Retry-After"],
     )
+    app.add_middleware(SecurityHeadersMiddleware, frame_ancestors=settings.frame_ancestors)
     app.add_middleware(RequestLogMiddleware, meters=service.meters)
     extension = GeocentroidsExtension(settings=settings, service=service, hot=hot)
     cog = TilerFactory(
-        router_prefix="/cog",
+        router=APIRouter(route_class=stock_route(settings)),
+        router_prefix=PREFIX,
         path_dependency=path_param,
         reader=_policy_reader(service),
+        img_part_dependency=BoundedPartParams,
+        add_viewer=False,  # its scripts come from a host of others; ours do not
         extensions=[extension],
     )
-    app.include_router(cog.router, prefix="/cog", tags=["COG"])
-    app.include_router(TMSFactory().router, tags=["TileMatrixSets"])
+    app.include_router(cog.router, prefix=PREFIX, tags=["COG"])
+    app.include_router(TMSFactory(router=APIRouter(route_class=NoStoreRoute)).router, tags=["TileMatrixSets"])
     app.include_router(_codebooks_router(service), prefix="/geocentroids", tags=["Codebooks"])
     app.include_router(_health_router(service), tags=["Health"])
     factory = extension.factory
@@ -79,6 +131,9 @@ def create_app(settings: Settings | None = None, service: Service | None = None)
 
     add_exception_handlers(app, DEFAULT_STATUS_CODES)
     app.add_exception_handler(GeocentroidsError, _answer_error)
+    app.add_exception_handler(Exception, _crash_answer(settings))
+    if settings.docs:
+        add_docs(app, settings.frame_ancestors)
     return app
 
 
@@ -166,15 +221,25 @@ def _policy_reader(service: Service) -> type[Reader]:
     @attrs.define(slots=False)
     class PolicyReader(Reader):
         def __attrs_post_init__(self) -> None:
-            source = resolve_source(self.input or "", service.settings.root)
-            raster = open_raster(source, service.identity(source), None, service.settings.source_timeout_s)
-            self.dataset = self._ctx_stack.enter_context(raster)
+            source = service.source(self.input or "")
+            self.dataset = self._ctx_stack.enter_context(open_raster(source, service.identity(source)))
+            check_structure(self.dataset)
             super().__attrs_post_init__()  # type: ignore[no-untyped-call]
 
     return PolicyReader
 
 
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:
-    status = http_status(error) if isinstance(error, GeocentroidsError) else 500
-    headers = http_headers(error) if isinstance(error, GeocentroidsError) else {}
-    return JSONResponse({"detail": str(error)}, status, headers={**headers, "Cache-Control": "no-store"})
+    return refusal(error if isinstance(error, GeocentroidsError) else GeocentroidsError(str(error)))
+
+
+def _crash_answer(settings: Settings) -> Callable[[Request, Exception], Awaitable[JSONResponse]]:
+    """Return what answers where nothing else did: outside all middleware, and without the error's text."""
+    complete = HeaderSet(settings.frame_ancestors).complete
+
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        response = refusal(GeocentroidsError("something went wrong in the server; its log says what"))
+        response.raw_headers = complete(response.status_code, response.raw_headers)
+        return response
+
+    return answer

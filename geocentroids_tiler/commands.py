@@ -1,4 +1,4 @@
-"""The commands that open images: demo, serve, classify, info. Heavy modules are imported when a command runs."""
+"""The commands that open images or serve them: demo, serve, sign, classify, info. Heavy modules are imported late."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import copy
 import json
 import math
 import os
+import re
 import socket
 import threading
+import time
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from geocentroids_tiler.labels.engine import LabelEngine
     from geocentroids_tiler.labels.keeping import KeptWriter
     from geocentroids_tiler.labels.service import Service
+    from geocentroids_tiler.settings import Settings
     from geocentroids_tiler.source import Dataset, ReadOptions
 
 DEMO_BUDGET_S = 600
@@ -67,7 +70,7 @@ def demo(host: str, port: int, codebook: str | None, folder: Path) -> None:
     service.codebook(None)
     threading.Thread(target=_label_ahead, args=(service, scene.name), daemon=True).start()
     click.echo(f"Open http://{_shown(host)}:{port}/ in a browser (Ctrl+C ends the server).")
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    uvicorn.run(app, host=host, port=port, log_level="warning", **_protocol(settings))
 
 
 @click.command()
@@ -107,7 +110,31 @@ def serve(host: str, port: int, codebook: str | None, root: Path | None, labels:
         log_config=_log_config(),
         access_log=False,  # ours says the same, without queries and with the request's id
         timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
+        **_protocol(settings),
     )
+
+
+@click.command()
+@click.argument("url")
+@click.option("--expires", "lifetime", help="For how long it is valid: 90s, 30m, 12h or 7d.  [default: for ever]")
+@click.option("--base", help="Address of the server, for example https://tiles.example.com: print whole addresses.")
+def sign(url: str, lifetime: str | None, base: str | None) -> None:
+    """Print the query that opens image URL on a server with the same GEOCENTROIDS_SIGNING_KEY."""
+    from geocentroids_tiler.access import signed_query
+
+    key = load_settings().signing_key
+    if key is None:
+        raise InputError("there is no signing key; GEOCENTROIDS_SIGNING_KEY holds it, here and on the server")
+    expires = None if lifetime is None else int(time.time()) + read_lifetime(lifetime)
+    query = signed_query(key, url, expires)
+    if base is None:
+        click.echo(query)
+        return
+    routes = f"{base.rstrip('/')}/cog/geocentroids"
+    click.echo(f"XYZ       {routes}/tiles/WebMercatorQuad/{{z}}/{{x}}/{{y}}.png?{query}")
+    click.echo(f"TileJSON  {routes}/WebMercatorQuad/tilejson.json?{query}")
+    click.echo(f"WMTS      {routes}/WMTSCapabilities.xml?{query}")
+    click.echo(f"viewer    {base.rstrip('/')}/?{query}")
 
 
 @click.command()
@@ -267,6 +294,29 @@ def read_options(bidx: str | None, rescale: str | None) -> ReadOptions:
     except ValueError:
         raise InputError(f"--bidx {bidx} is not three band numbers, for example 4,3,2") from None
     return ReadOptions(parse_bidx(bands), parse_rescale(rescale))
+
+
+def read_lifetime(text: str) -> int:
+    """Read a time span, in seconds.
+
+    Raises:
+        InputError: if it is not a whole number of seconds, minutes, hours or days, up to a thousand years.
+    """
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number, unit = text[:-1], text[-1:]
+    seconds = int(number) * units[unit] if re.fullmatch("[0-9]{1,9}", number) and unit in units else 0
+    if not 0 < seconds <= 1000 * 366 * 86400:
+        raise InputError(f"--expires {text} is not a time span, for example 90s, 30m, 12h or 7d")
+    return seconds
+
+
+def _protocol(settings: Settings) -> dict[str, Any]:
+    """Return how uvicorn reads requests: with h11, as httptools collects headers without a bound.
+
+    What is not much too large has to get through to our own limits, which say what they are.
+    """
+    size = 2 * (settings.max_target_bytes + settings.max_header_bytes)
+    return {"http": "h11", "h11_max_incomplete_event_size": size}
 
 
 def _log_config() -> dict[str, Any]:

@@ -53,6 +53,26 @@ class BusyError(GeocentroidsError):
         self.retry_after_s = retry_after_s
 
 
+class TooManyRequestsError(BusyError):
+    """One client has as many requests under way as it may have."""
+
+
+class BodyTooLargeError(GeocentroidsError):
+    """The body of a request is larger than this server reads."""
+
+
+class TargetTooLongError(GeocentroidsError):
+    """Path and query of a request are longer than this server reads."""
+
+
+class HeadersTooLargeError(GeocentroidsError):
+    """The headers of a request are larger than this server reads."""
+
+
+class AccessDeniedError(GeocentroidsError):
+    """The request has no key and no signature that allow it; which of them is wrong is not told."""
+
+
 class KeptLabelsError(GeocentroidsError):
     """Labels kept on disk are broken."""
 
@@ -84,6 +104,11 @@ HTTP_STATUS: dict[type[GeocentroidsError], int] = {
     CodebookNotFoundError: 404,
     EncoderError: 503,
     BusyError: 503,
+    TooManyRequestsError: 429,
+    BodyTooLargeError: 413,
+    TargetTooLongError: 414,
+    HeadersTooLargeError: 431,
+    AccessDeniedError: 401,
     KeptLabelsError: 500,
     StorageFullError: 507,
     JobNotFoundError: 404,
@@ -99,8 +124,10 @@ def http_status(error: GeocentroidsError) -> int:
 
 
 def http_headers(error: GeocentroidsError) -> dict[str, str]:
-    """Return the headers that go with ``error``: when to try again, where that helps."""
-    return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))} if isinstance(error, BusyError) else {}
+    """Return the headers that go with ``error``: when to try again, or how to ask, where that helps."""
+    if isinstance(error, BusyError):
+        return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    return {"WWW-Authenticate": "Bearer"} if isinstance(error, AccessDeniedError) else {}
 
 
 def short(value: object) -> str:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor
@@ -23,6 +22,7 @@ from starlette.requests import Request
 from geocentroids_tiler.area import Area, area_of_geometry
 from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
 from geocentroids_tiler.errors import BusyError, GeocentroidsError, InputError, http_headers, http_status, short
+from geocentroids_tiler.geojson_size import check_geojson_size
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.export import label_geotiff
 from geocentroids_tiler.labels.futures import follow
@@ -31,6 +31,7 @@ from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.params import ReadParams, StyleParams
 from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat, encode_indexed, palette_index, transparent_tile
 from geocentroids_tiler.responses import ExemplarLink, area_statistics, exemplar_info, with_statistics
+from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.source import Dataset
 from geocentroids_tiler.tiles import zoom_range
 
@@ -116,26 +117,6 @@ async def open_all(service: Service, url: str, read: ReadParams) -> tuple[Codebo
     return codebook, await find_labels(service, dataset, codebook)
 
 
-async def run_export(service: Service, request: Request, function: Callable[..., T], *args: Any) -> T:
-    """Run a long piece of work in the threads for exports, until its client goes away.
-
-    Args:
-        service: shared state.
-        request: whose client waits.
-        function: what to run.
-        *args: its arguments, but for the last: what tells whether the client has gone or the server ends.
-    """
-    left = threading.Event()
-
-    def gone() -> bool:
-        return left.is_set() or service.closing.is_set()
-
-    try:
-        return await while_connected(service, request, run(service.exporting, function, *args, gone))
-    finally:
-        left.set()
-
-
 async def while_connected(service: Service, request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Return the result of ``work``, which is cancelled if the client goes away before it is there.
 
@@ -167,20 +148,25 @@ def zooms_of(service: Service, labels: DatasetLabels, tms: TileMatrixSet) -> tup
     return zoom_range(tms, labels.dataset, labels.seconds_per_chunk, service.settings.tile_budget_s)
 
 
-def read_geojson(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_geojson(body: bytes, settings: Settings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Read a GeoJSON Feature or FeatureCollection.
+
+    Args:
+        body: as it came.
+        settings: bound its size.
 
     Returns:
         What was sent, as it came, and its features.
 
     Raises:
-        InputError: if it is anything else.
+        InputError: if it is anything else, or too large.
     """
     needed = "a GeoJSON Feature or FeatureCollection with polygons is needed"
     document = _parse_json(body)
     if not isinstance(document, dict) or document.get("type") not in ("Feature", "FeatureCollection"):
         found = document.get("type") if isinstance(document, dict) else document
         raise InputError(f"the body is {_short(found)}; {needed}")
+    check_geojson_size(document, settings)
     features = document.get("features") if document["type"] == "FeatureCollection" else [document]
     if not isinstance(features, list):
         raise InputError(f"features is {_short(features)}; {needed}")
@@ -192,13 +178,17 @@ def read_geojson(body: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return document, features
 
 
-def read_feature(body: bytes) -> dict[str, Any]:
+def read_feature(body: bytes, settings: Settings) -> dict[str, Any]:
     """Read a GeoJSON Feature.
 
+    Args:
+        body: as it came.
+        settings: bound its size.
+
     Raises:
-        InputError: if it is anything else.
+        InputError: if it is anything else, or too large.
     """
-    document, _ = read_geojson(body)
+    document, _ = read_geojson(body, settings)
     if document["type"] != "Feature":
         raise InputError("the body is a FeatureCollection; send one Feature")
     return document
@@ -222,13 +212,8 @@ def area_of_feature(feature: Mapping[str, Any], dataset: Dataset) -> Area:
     return area_of_geometry(geometry, dataset.grid, dataset.footprint)
 
 
-def export(
-    service: Service,
-    labels: DatasetLabels,
-    area: Area,
-    look: StyleParams,
-    raster_format: RasterFormat,
-    gone: Callable[[], bool],
+async def export(
+    service: Service, labels: DatasetLabels, area: Area, look: StyleParams, raster_format: RasterFormat
 ) -> Response:
     """Return the labels of an area as a file, one pixel per patch.
 
@@ -239,27 +224,28 @@ def export(
         raise InputError("the area holds no patch of the image; see bounds in /info")
     codebook = labels.engine.codebook
     style = look.style(codebook)
-    classes = service.classes(codebook, look.classes)
+    classes = await find_classes(service, codebook, look.classes)
     _check_cost(service, _chunks_of(labels, area))
-    block = labels.block(area.patches, service.settings.export_timeout_s, gone)
-    inside = np.where(area.inside, block.labels, np.uint16(NODATA_LABEL))
-    if raster_format == "tif":
-        content = label_geotiff(classes.of_labels(inside), area.patches, labels.dataset.grid, codebook, classes)
-        return Response(
-            content,
-            media_type="image/tiff; application=geotiff",
-            headers={"Content-Disposition": 'attachment; filename="classes.tif"'},
-        )
-    index, palette = palette_index(inside, block.similarity, classes, style, codebook.similarity_range())
-    return Response(encode_indexed(index, palette, "png"), media_type=MEDIA_TYPE["png"])
+    timeout_s = service.settings.export_timeout_s
+    block = await labels.every_patch(area.patches, service.exporting, timeout_s=timeout_s, over=service.closing.is_set)
+
+    def written() -> Response:
+        inside = np.where(area.inside, block.labels, np.uint16(NODATA_LABEL))
+        if raster_format == "tif":
+            content = label_geotiff(classes.of_labels(inside), area.patches, labels.dataset.grid, codebook, classes)
+            return Response(
+                content,
+                media_type="image/tiff; application=geotiff",
+                headers={"Content-Disposition": 'attachment; filename="classes.tif"'},
+            )
+        index, palette = palette_index(inside, block.similarity, classes, style, codebook.similarity_range())
+        return Response(encode_indexed(index, palette, "png"), media_type=MEDIA_TYPE["png"])
+
+    return await run(service.exporting, written)
 
 
-def statistics_of(
-    service: Service,
-    labels: DatasetLabels,
-    features: Sequence[dict[str, Any]],
-    classes: Classes,
-    gone: Callable[[], bool],
+async def statistics_of(
+    service: Service, labels: DatasetLabels, features: Sequence[dict[str, Any]], classes: Classes
 ) -> list[dict[str, Any]]:
     """Return features with the area of every class inside each.
 
@@ -267,18 +253,26 @@ def statistics_of(
         InputError: if one is not a polygon, or all together hold too many patches.
     """
     deadline_s = time.monotonic() + service.settings.export_timeout_s
+    areas = await run(service.exporting, _areas_of, service, labels, features)
+    patch_area_m2 = labels.dataset.grid.patch_area_m2
+    answered = []
+    for feature, area in zip(features, areas, strict=True):
+        left_s = max(0.0, deadline_s - time.monotonic())
+        block = await labels.every_patch(area.patches, service.exporting, timeout_s=left_s, over=service.closing.is_set)
+        statistics = await run(service.exporting, area_statistics, block, area, classes, patch_area_m2)
+        answered.append(with_statistics(feature, statistics))
+    return answered
+
+
+def _areas_of(service: Service, labels: DatasetLabels, features: Sequence[dict[str, Any]]) -> list[Area]:
+    """Find the patches of features, as long as they are not too many together."""
     areas: list[Area] = []
     chunks = 0
     for feature in features:
         areas.append(area_of_feature(feature, labels.dataset))
         chunks += _chunks_of(labels, areas[-1])
         _check_cost(service, chunks)  # as they come: each takes memory
-    patch_area_m2 = labels.dataset.grid.patch_area_m2
-    answered = []
-    for feature, area in zip(features, areas, strict=True):
-        block = labels.block(area.patches, max(0.0, deadline_s - time.monotonic()), gone)
-        answered.append(with_statistics(feature, area_statistics(block, area, classes, patch_area_m2)))
-    return answered
+    return areas
 
 
 def exemplar(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, IPvAnyNetwork, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from geocentroids_tiler.errors import InputError
 
 MIB = 2**20
+MIN_API_KEY = 16
+MIN_SIGNING_KEY = 32
+"""Characters. A signing key can be tried out offline by whoever has one signature."""
 
 
 def default_codebooks_dir() -> Path:
@@ -79,7 +82,41 @@ class Settings(BaseSettings):
     source_ttl_s: float = Field(
         default=60, ge=0, le=86400, description="time after which a source is asked again whether it changed"
     )
-    source_timeout_s: float = Field(default=10, gt=0, le=600, description="longest wait for an answer of a source")
+    source_timeout_s: float = Field(
+        default=10, gt=0, le=600, description="longest silence of a source's server before and within an answer"
+    )
+    source_connect_timeout_s: float = Field(
+        default=5, gt=0, le=60, description="longest wait for a connection to a source's server, its name resolved"
+    )
+    source_total_timeout_s: float = Field(
+        default=60, gt=0, le=3600, description="longest wait for all bytes that one opening of a source needs"
+    )
+    source_read_bytes: int = Field(
+        default=512 * MIB, ge=MIB, description="bytes that one opening of a source may fetch, for some windows"
+    )
+    source_cache_bytes: int = Field(default=64 * MIB, ge=MIB, description="memory for bytes of remote sources")
+    source_connections: int = Field(
+        default=8, ge=1, le=64, description="connections to one host, images of it opened and windows read at once"
+    )
+    source_http: bool = Field(default=False, description="whether http URLs are opened beside https")
+    source_hosts: list[str] = Field(
+        default=[],
+        description="the only hosts that are read from, example.com or *.example.com, as a JSON list; none: all public",
+    )
+    source_networks: list[IPvAnyNetwork] = Field(
+        default=[],
+        description="networks that are read from although they are not public, such as 10.0.0.0/8, as a JSON list",
+    )
+    source_ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(
+        default=[80, 443, 8080, 8443], min_length=1, description="ports of public hosts, as a JSON list"
+    )
+    source_buckets: list[Annotated[str, Field(pattern=r"^(s3|gs|az)://[a-z0-9][a-z0-9._-]{1,254}/?$")]] = Field(
+        default=[],
+        description="buckets read from with this server's own credentials, such as s3://name, as a JSON list",
+    )
+    source_proxy: SecretStr | None = Field(
+        default=None, description="http URL of a proxy for all sources; none: none, whatever the environment says"
+    )
     failure_ttl_s: float = Field(
         default=3, ge=0, le=60, description="time for which a source that could not be opened is not asked again"
     )
@@ -104,6 +141,49 @@ class Settings(BaseSettings):
     cache_control: str = Field(
         default="public, max-age=3600", pattern=r"^[\x20-\x7e]+$", description="Cache-Control header of tiles"
     )
+
+    # Who may ask for how much, and what browsers may do with the answers.
+    max_body_bytes: int = Field(
+        default=MIB, ge=1024, le=1024 * MIB, description="largest body of a request; larger ones are refused"
+    )
+    max_target_bytes: int = Field(default=16 * 1024, ge=1024, le=MIB, description="longest path and query of a request")
+    max_header_bytes: int = Field(default=32 * 1024, ge=1024, le=MIB, description="headers of a request in all")
+    client_requests: int = Field(
+        default=64, ge=1, le=100_000, description="requests of one client at once; more are refused"
+    )
+    requests_at_once: int = Field(
+        default=512, ge=1, le=1_000_000, description="requests of all clients at once; more are refused"
+    )
+    stock_requests: int = Field(
+        default=16, ge=1, le=36, description="requests to TiTiler's own routes that run at once; more wait"
+    )
+    max_features: int = Field(default=1000, ge=1, le=1_000_000, description="features in the body of one request")
+    max_vertices: int = Field(
+        default=100_000, ge=4, le=100_000_000, description="vertices of all features in the body of one request"
+    )
+    api_keys: list[SecretStr] = Field(
+        default=[], description="keys of which every request needs one, as a JSON list; empty: no key is needed"
+    )
+    signing_key: SecretStr | None = Field(
+        default=None, description="key of signatures that open one image; none: there are no signatures"
+    )
+    frame_ancestors: str = Field(
+        default="'self'",
+        pattern=r"^('none'|('self'|https?://[\w.*-]+(:(\d+|\*))?)( ('self'|https?://[\w.*-]+(:(\d+|\*))?))*)$",
+        description="who may show the web page in a frame, as a Content-Security-Policy says it",
+    )
+    docs: bool = Field(default=False, description="serve /docs, whose script comes from a host of others")
+
+    @field_validator("api_keys", "signing_key")
+    @classmethod
+    def _check_secrets(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse keys that could be guessed, or could not be sent, without repeating them."""
+        shortest = MIN_API_KEY if info.field_name == "api_keys" else MIN_SIGNING_KEY
+        for secret in value if isinstance(value, list) else [value]:
+            text = "" if secret is None else secret.get_secret_value()
+            if secret is not None and (len(text) < shortest or not re.fullmatch(r"[\x21-\x7e]+", text)):
+                raise ValueError(f"a key has at least {shortest} printable ASCII characters and no blanks")
+        return value
 
     @field_validator("redis_url")
     @classmethod
@@ -133,7 +213,7 @@ def load_settings(**values: Any) -> Settings:
         raise InputError(f"GEOCENTROIDS_{''.join(names).upper()} is not JSON: {error.__cause__}") from error
     except ValidationError as error:
         problem = error.errors()[0]
-        name = "_".join(str(part) for part in problem["loc"]).upper()
+        name = str(problem["loc"][0]).upper()  # of a list the setting, not the item: it may be secret as a whole
         given = "(hidden)" if name.lower() in _secret_names() else repr(problem["input"])
         raise InputError(f"GEOCENTROIDS_{name} = {given}: {problem['msg']}") from error
 

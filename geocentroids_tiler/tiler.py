@@ -21,6 +21,7 @@ from titiler.core.resources.responses import XMLResponse
 from titiler.extensions.wmts import DEFAULT_TEMPLATES as WMTS_TEMPLATES
 
 from geocentroids_tiler import viewer
+from geocentroids_tiler.access import SIGNATURE_PARAMETERS
 from geocentroids_tiler.area import area_of_bbox
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.errors import InputError
@@ -39,7 +40,6 @@ from geocentroids_tiler.handlers import (
     read_feature,
     read_geojson,
     run,
-    run_export,
     statistics_of,
     while_connected,
     zooms_of,
@@ -85,8 +85,8 @@ _TILE_ANSWER: dict[str, Any] = {
         304: {"description": "The tile is the one that the client has."},
     },
 }
-_NOT_FOR_EXEMPLARS = {"url", "bidx", "rescale"}
-"""Parameters of an image; an exemplar belongs to the codebook."""
+_NOT_FOR_EXEMPLARS = {"url", "bidx", "rescale"} | SIGNATURE_PARAMETERS
+"""Parameters of an image; an exemplar belongs to the codebook, and is open to all."""
 
 _EXEMPLAR_MEDIA_TYPE: Mapping[ExemplarFormat, str] = {"webp": "image/webp", "json": "application/json"}
 _EXEMPLAR_ANSWER: dict[str, Any] = {
@@ -436,7 +436,7 @@ class ClassTilerFactory(TilerFactory):
             area = await run(
                 service.working, area_of_bbox, (minx, miny, maxx, maxy), crs, dataset.grid, dataset.footprint
             )
-            return await run_export(service, request, export, service, labels, area, look, format)
+            return await while_connected(service, request, export(service, labels, area, look, format))
 
         @self.router.post(
             "/feature.{format}", openapi_extra=_body("Feature"), **self._route("postFeature", _RASTER_ANSWER)
@@ -449,10 +449,10 @@ class ClassTilerFactory(TilerFactory):
             look: StyleParams = Depends(style_params),
         ) -> Response:
             """Return the labels of a polygon, one pixel per patch."""
-            feature = read_feature(await request.body())
+            feature = read_feature(await request.body(), service.settings)
             _, labels = await open_all(service, url, read)
             area = await run(service.working, area_of_feature, feature, labels.dataset)
-            return await run_export(service, request, export, service, labels, area, look, format)
+            return await while_connected(service, request, export(service, labels, area, look, format))
 
     def statistics(self) -> None:
         """Register /statistics."""
@@ -468,10 +468,10 @@ class ClassTilerFactory(TilerFactory):
             classes: int | None = Depends(classes_param),
         ) -> Response:
             """Return the same features, each with the area of every class inside it."""
-            given, features = read_geojson(await request.body())
+            given, features = read_geojson(await request.body(), service.settings)
             codebook, labels = await open_all(service, url, read)
             merged = await find_classes(service, codebook, classes)
-            answered = await run_export(service, request, statistics_of, service, labels, features, merged)
+            answered = await while_connected(service, request, statistics_of(service, labels, features, merged))
             whole = {**given, "features": answered} if given["type"] == "FeatureCollection" else answered[0]
             # Written in ASCII: a text may hold half a surrogate pair, which UTF-8 does not have.
             return Response(json.dumps(whole, allow_nan=False), media_type="application/geo+json")

@@ -17,7 +17,7 @@ from codebooks import make_manifest
 from numpy.typing import NDArray
 from rasterio.transform import Affine
 from rasterio.warp import transform_bounds
-from rasters import LEFT, TOP, UTM, texture, write_tif
+from rasters import LEFT, LOOPBACK, TOP, UTM, texture, write_tif
 from scipy.cluster.hierarchy import linkage
 
 from geocentroids_tiler.codebook import (
@@ -32,7 +32,7 @@ from geocentroids_tiler.encoder.base import ChunkLayout, DeviceInfo
 from geocentroids_tiler.grid import ChunkIndex, PatchRange
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.settings import Settings
-from geocentroids_tiler.source import Dataset, ReadOptions, read_windows
+from geocentroids_tiler.source import Dataset, ReadOptions, Remote, read_windows
 
 PATCH_PX = 14
 WINDOW, MARGIN = 8, 1
@@ -221,13 +221,19 @@ class Loader:
 
 
 def fake_service(
-    root: Path, codebooks_dir: Path, *, clock: Callable[[], float] | None = None, failures: int = 0, **settings: Any
+    root: Path,
+    codebooks_dir: Path,
+    *,
+    clock: Callable[[], float] | None = None,
+    failures: int = 0,
+    remote: Remote | None = None,
+    **settings: Any,
 ) -> tuple[Service, Loader]:
     """Return a service with fake encoders, and what made these."""
     loader = Loader(failures)
     values = {"root": root, "codebooks_dir": codebooks_dir, "codebook": "blend", "tile_budget_s": 600} | settings
     clocks = {} if clock is None else {"clock": clock}
-    return Service(Settings(**values), load=loader, **clocks), loader
+    return Service(Settings(**{**LOOPBACK, **values}), load=loader, remote=remote, **clocks), loader
 
 
 def open_image(service: Service, name: str, codebook: str | None = None, **options: Any) -> Dataset:

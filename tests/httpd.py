@@ -19,12 +19,14 @@ class Served:
         headers: sent along, for example ETag and Last-Modified.
         status: 200, or the status of an error.
         location: where a redirect leads.
+        ranges: whether requests for a range get one.
     """
 
     content: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     status: int = 200
     location: str | None = None
+    ranges: bool = True
 
 
 class _Server(ThreadingHTTPServer):
@@ -90,7 +92,7 @@ def _handler(server: Httpd) -> type[BaseHTTPRequestHandler]:
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             if served.location is not None:
                 headers["Location"] = served.location
-            elif asked and status == 200:
+            elif asked and served.ranges and status == 200:
                 first = int(asked[1])
                 last = min(int(asked[2] or len(content)), len(content) - 1)
                 status = 206

@@ -15,12 +15,20 @@ from rasterio.enums import ColorInterp, Resampling
 from rasterio.transform import Affine
 
 from geocentroids_tiler.codebook import Codebook, PreprocessSection
-from geocentroids_tiler.source import Dataset, ReadOptions, open_dataset, resolve_source, source_identity
+from geocentroids_tiler.settings import Settings
+from geocentroids_tiler.source import (
+    Dataset,
+    ReadOptions,
+    Remote,
+    open_dataset,
+    open_remote,
+    resolve_source,
+    source_identity,
+)
 
 UTM = "EPSG:32721"
 LEFT, TOP = 560_000.0, 6_140_001.0
 """A corner that lies on the grid of 3.5 m patches, in Uruguay."""
-TIMEOUT_S = 5.0
 
 
 def texture(rows: int, cols: int, seed: int = 0, low: int = 30, high: int = 220, bands: int = 3) -> NDArray[np.uint8]:
@@ -91,8 +99,17 @@ def codebook_for(
     return make_codebook(preprocess=preprocess)
 
 
+LOOPBACK: dict[str, Any] = {"source_http": True, "source_networks": ["127.0.0.0/8"]}
+"""Settings of a server that reads from this machine."""
+
+
+def loopback_remote(**settings: Any) -> Remote:
+    """Return what opens files of servers on this machine."""
+    return open_remote(Settings(**{**LOOPBACK, "source_timeout_s": 5, "failure_ttl_s": 0, **settings}))
+
+
 def open_tif(path: Path, codebook: Codebook | None = None, **options: Any) -> Dataset:
     """Open a local file as the server does."""
     source = resolve_source(path.name, path.parent)
-    identity = source_identity(source, TIMEOUT_S)
-    return open_dataset(source, identity, ReadOptions(**options), codebook or codebook_for(), TIMEOUT_S)
+    identity = source_identity(source)
+    return open_dataset(source, identity, ReadOptions(**options), codebook or codebook_for())

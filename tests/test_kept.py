@@ -174,7 +174,7 @@ class TestFiles:
         ]
         assert len(set(others)) == len(others)
         assert others[-1] == kept_id(replace(dataset, options=ReadOptions(rescale=(0.0, 9.0))), codebook)
-        assert others[0] == kept_id(replace(dataset, timeout_s=1.0), codebook)
+        assert others[0] == kept_id(replace(dataset, geographic_bounds=(0.0, 0.0, 1.0, 1.0)), codebook)
 
 
 def cells_of(block: KeptBlock, row: Any, col: Any) -> tuple[Any, Any]:

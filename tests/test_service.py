@@ -38,7 +38,7 @@ from geocentroids_tiler.errors import (
 )
 from geocentroids_tiler.labels import service as service_module
 from geocentroids_tiler.labels.service import Service
-from geocentroids_tiler.source import ReadOptions, resolve_source
+from geocentroids_tiler.source import ReadOptions
 
 TTL_S = 60.0
 
@@ -158,7 +158,7 @@ class TestFreshness:
         clock.now += 1
         assert open_image(service, url, "blend").identity != first.identity
         assert open_image(service, url, "plain").identity != first.identity
-        assert service.identity(resolve_source(url, None)) != first.identity
+        assert service.identity(service.source(url)) != first.identity
 
     def test_a_confirmed_source_is_as_old_as_the_answer(
         self, make: Callable[..., Any], clock: Clock, httpd: Httpd, tmp_path: Path

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.settings import Settings, default_codebooks_dir, load_settings
@@ -88,6 +88,18 @@ GOOD = {
     "max_chunks": ["1", "10000000"],
     "cors_origins": ['["https://example.org"]', "[]"],
     "cache_control": ["no-cache"],
+    "max_body_bytes": ["1024", "1073741824"],
+    "max_target_bytes": ["1024", "1048576"],
+    "max_header_bytes": ["1024", "1048576"],
+    "client_requests": ["1", "100000"],
+    "requests_at_once": ["1", "1000000"],
+    "stock_requests": ["1", "36"],
+    "max_features": ["1", "1000000"],
+    "max_vertices": ["4", "100000000"],
+    "api_keys": ["[]", '["0123456789abcdef", "another-key-of-20-ch"]'],
+    "signing_key": ["0123456789abcdef0123456789abcdef"],
+    "frame_ancestors": ["'none'", "'self'", "'self' https://*.example.org http://localhost:8080"],
+    "docs": ["True", "False"],
 }
 BAD = {
     "codebook": [""],
@@ -114,6 +126,18 @@ BAD = {
     "tile_budget_s": ["0", "601", "-1", "nan"],
     "max_chunks": ["0", "10000001"],
     "cache_control": ["public\r\nSet-Cookie: a=b", "öffentlich"],
+    "max_body_bytes": ["1023", "1073741825", "1MB"],
+    "max_target_bytes": ["1023", "1048577"],
+    "max_header_bytes": ["1023", "1048577"],
+    "client_requests": ["0", "100001"],
+    "requests_at_once": ["0", "1000001"],
+    "stock_requests": ["0", "37"],
+    "max_features": ["0", "1000001"],
+    "max_vertices": ["3", "100000001"],
+    "api_keys": ['["0123456789abcde"]', '["0123456789abcdef", "with blanks in it"]', "[17]", '["clé-clé-clé-clé-"]'],
+    "signing_key": ["", "0123456789abcdef0123456789abcde"],
+    "frame_ancestors": ["", "'none' https://example.org", "https://a.example; script-src *", "a.example\nX: y", "*"],
+    "docs": ["perhaps"],
 }
 
 
@@ -125,7 +149,12 @@ def test_every_setting_is_tried() -> None:
 def test_allowed(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
     monkeypatch.setenv(f"GEOCENTROIDS_{name.upper()}", text)
     value = getattr(Settings(), name)
-    expected = json.loads(text) if name == "cors_origins" else type(value)(text)
+    if name == "api_keys":
+        expected: Any = [SecretStr(key) for key in json.loads(text)]
+    else:
+        expected = (
+            json.loads(text) if name == "cors_origins" else text == "True" if name == "docs" else type(value)(text)
+        )
     assert value == expected
     assert getattr(load_settings(), name) == value
 
@@ -145,6 +174,24 @@ def test_a_list_that_is_no_json_is_refused_in_one_sentence(monkeypatch: pytest.M
     with pytest.raises(InputError, match="GEOCENTROIDS_CORS_ORIGINS") as refused:
         load_settings()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("api_keys", '["geheim", 17]'),
+        ("api_keys", "geheim-geheim-geheim"),
+        ("signing_key", "geheim"),
+        ("redis_url", "http://geheim"),
+    ],
+)
+def test_a_secret_is_repeated_nowhere(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    monkeypatch.setenv(f"GEOCENTROIDS_{name.upper()}", text)
+    with pytest.raises(InputError, match=f"GEOCENTROIDS_{name.upper()}") as refused:
+        load_settings()
+    assert "geheim" not in str(refused.value)
+    monkeypatch.delenv(f"GEOCENTROIDS_{name.upper()}")
+    assert "geheim" not in repr(Settings(signing_key="geheim" * 6, api_keys=["geheim" * 6]))
 
 
 def test_options_win_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:

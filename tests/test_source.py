@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from pyproj import CRS
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.transform import Affine
-from rasters import LEFT, TIMEOUT_S, TOP, UTM, codebook_for, open_tif, texture, write_tif
+from rasters import LEFT, TOP, UTM, codebook_for, loopback_remote, open_tif, texture, write_tif
 
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import SourceUnavailableError, UnsupportedImageError
@@ -29,6 +29,7 @@ from geocentroids_tiler.source import (
     CellCache,
     Dataset,
     ReadOptions,
+    Remote,
     Source,
     WindowPixels,
     open_dataset,
@@ -882,7 +883,7 @@ class TestFilesThatAreNotImages:
         with pytest.raises(SourceUnavailableError, match=r"cannot open 'gone\.tif'"):
             read_one(dataset, index)
         with pytest.raises(SourceUnavailableError, match=r"cannot open 'gone\.tif'"):
-            source_identity(dataset.source, TIMEOUT_S)
+            source_identity(dataset.source)
 
     def test_name_that_is_not_utf8_reads_like_missing(self, tmp_path: Path) -> None:
         name = os.fsdecode(b"a\xff.tif")
@@ -894,7 +895,7 @@ class TestFilesThatAreNotImages:
     def test_name_that_no_file_can_have_reads_like_missing(self, tmp_path: Path) -> None:
         name = "a\ud800.tif"
         with pytest.raises(SourceUnavailableError) as caught:
-            source_identity(Source(name, tmp_path / name), TIMEOUT_S)
+            source_identity(Source(name, tmp_path / name))
         assert str(caught.value) == f"cannot open {name!r}"
 
     def test_without_permission_reads_like_missing(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -905,7 +906,7 @@ class TestFilesThatAreNotImages:
             raise PermissionError(13, "Permission denied", str(path))
 
         monkeypatch.setattr(rasterio, "open", refuse)
-        with pytest.raises(SourceUnavailableError) as caught, open_raster(source, "", None, TIMEOUT_S):
+        with pytest.raises(SourceUnavailableError) as caught, open_raster(source, ""):
             pass
         assert str(caught.value) == "cannot open 'secret.tif'"
 
@@ -933,7 +934,7 @@ class TestForeignFiles:
             assert raster.nodata == 100
         dirty = open_tif(path)
         assert (dirty.crs, dirty.transform, dirty.overview) == (clean.crs, clean.transform, None)
-        with open_raster(dirty.source, dirty.identity, None, TIMEOUT_S) as raster:
+        with open_raster(dirty.source, dirty.identity) as raster:
             assert raster.overviews(1) == []
             assert raster.nodata is None
             assert raster.files == [str(path)]
@@ -952,7 +953,7 @@ class TestForeignFiles:
         path = write_tif(tmp_path / "tags.tif", IMAGE, tags={namespace: tags}, photometric="RGB")
         with rasterio.open(path) as raster:
             assert namespace in raster.tag_namespaces()
-        with pytest.raises(UnsupportedImageError, match=f"{namespace} tags, which may name other files"):
+        with pytest.raises(UnsupportedImageError, match="which may name other files"):
             open_tif(path)
 
 
@@ -960,28 +961,34 @@ class TestIdentity:
     def test_of_a_local_file(self, tmp_path: Path) -> None:
         path = write_tif(tmp_path / "image.tif", IMAGE, photometric="RGB")
         source = resolve_source("image.tif", tmp_path)
-        first = source_identity(source, TIMEOUT_S)
-        assert source_identity(source, TIMEOUT_S) == first
+        first = source_identity(source)
+        assert source_identity(source) == first
         os.utime(path, ns=(1, 1))
-        second = source_identity(source, TIMEOUT_S)
+        second = source_identity(source)
         with path.open("ab") as file:
             file.write(b"\0")
         os.utime(path, ns=(1, 1))
-        assert len({first, second, source_identity(source, TIMEOUT_S)}) == 3
+        assert len({first, second, source_identity(source)}) == 3
 
     @pytest.fixture
     def server(self) -> Iterator[Httpd]:
         with serve() as server:
             yield server
 
-    def test_of_a_remote_file(self, server: Httpd) -> None:
-        source = resolve_source(f"{server.url}/image.tif", None)
+    @pytest.fixture
+    def remote(self) -> Iterator[Remote]:
+        remote = loopback_remote()
+        yield remote
+        remote.close()
+
+    def test_of_a_remote_file(self, server: Httpd, remote: Remote) -> None:
+        source = resolve_source(f"{server.url}/image.tif", None, remote)
 
         def identity(content: bytes, **headers: str) -> str:
             server.files["/image.tif"] = Served(
                 content, {key.replace("_", "-"): value for key, value in headers.items()}
             )
-            return source_identity(source, TIMEOUT_S)
+            return source_identity(source)
 
         dates = ["Mon, 06 May 2024 10:00:00 GMT", "Mon, 06 May 2024 10:00:01 GMT"]
         found = [
@@ -995,61 +1002,56 @@ class TestIdentity:
         assert len(set(found)) == len(found)
         assert identity(b"12", ETag='"a"', Last_Modified=dates[0]) == found[0]
 
-    def test_without_ranges_the_length_counts(self, server: Httpd) -> None:
-        source = resolve_source(f"{server.url}/image.tif", None)
-        found = []
-        for content in (b"1234", b"12345"):
-            server.files["/image.tif"] = Served(content, status=203)  # a status that the server gives no ranges for
-            found.append(source_identity(source, TIMEOUT_S))
-        assert found[0] != found[1]
+    def test_without_ranges_it_is_not_opened(self, server: Httpd, remote: Remote) -> None:
+        source = resolve_source(f"{server.url}/image.tif", None, remote)
+        for status in (200, 203):
+            server.files["/image.tif"] = Served(b"1234", ranges=False, status=status)
+            with pytest.raises(SourceUnavailableError):
+                source_identity(source)
 
     @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 500, 503])
-    def test_missing_and_forbidden_read_the_same(self, status: int, server: Httpd) -> None:
+    def test_missing_and_forbidden_read_the_same(self, status: int, server: Httpd, remote: Remote) -> None:
         server.files["/image.tif"] = Served(b"reason", status=status)
         url = f"{server.url}/image.tif"
         with pytest.raises(SourceUnavailableError) as caught:
-            source_identity(resolve_source(url, None), TIMEOUT_S)
+            source_identity(resolve_source(url, None, remote))
         assert str(caught.value) == f"cannot open {url!r}"
 
     @pytest.mark.parametrize("url", ["http://127.0.0.1:1/x.tif", "http://a..b/x.tif", "http://" + "a" * 300 + "/x.tif"])
-    def test_hosts_that_cannot_be_reached_read_the_same(self, url: str) -> None:
+    def test_hosts_that_cannot_be_reached_read_the_same(self, url: str, remote: Remote) -> None:
         with pytest.raises(SourceUnavailableError) as caught:
-            source_identity(resolve_source(url, None), TIMEOUT_S)
+            source_identity(resolve_source(url, None, remote))
         assert str(caught.value) == f"cannot open {url!r}"
 
-    def test_redirects_in_a_circle(self, server: Httpd) -> None:
+    def test_redirects_in_a_circle(self, server: Httpd, remote: Remote) -> None:
         server.files["/image.tif"] = Served(status=302, location="/image.tif")
         with pytest.raises(SourceUnavailableError):
-            source_identity(resolve_source(f"{server.url}/image.tif", None), TIMEOUT_S)
+            source_identity(resolve_source(f"{server.url}/image.tif", None, remote))
 
-    def open_remote(self, url: str, codebook: Codebook | None = None) -> Dataset:
-        source = resolve_source(url, None)
-        identity = source_identity(source, TIMEOUT_S)
-        return open_dataset(source, identity, ReadOptions(), codebook or codebook_for(), TIMEOUT_S)
+    def open_remote(self, url: str, remote: Remote, codebook: Codebook | None = None) -> Dataset:
+        source = resolve_source(url, None, remote)
+        identity = source_identity(source)
+        return open_dataset(source, identity, ReadOptions(), codebook or codebook_for())
 
-    def test_remote_windows_equal_local_ones(self, server: Httpd, plain: Dataset) -> None:
+    def test_remote_windows_equal_local_ones(self, server: Httpd, remote: Remote, plain: Dataset) -> None:
         assert plain.source.path is not None
         server.files["/a b/image.tif"[:2] + "/image.tif"] = Served(plain.source.path.read_bytes(), {"ETag": '"1"'})
         for target in ("/a/image.tif", "/a/image.tif?token=x%20y&url=http://z/"):
-            remote = self.open_remote(server.url + target)
+            found = self.open_remote(server.url + target, remote)
             index = middle_window(plain)
-            assert remote.footprint == plain.footprint
-            assert np.array_equal(read_one(remote, index).pixels, read_one(plain, index).pixels)
+            assert found.footprint == plain.footprint
+            assert np.array_equal(read_one(found, index).pixels, read_one(plain, index).pixels)
             asked = {path for _, path in server.requests if "token" in path or "token" not in target}
             assert asked == {target}
             server.requests.clear()
 
-    def test_scheme_in_capitals(self, server: Httpd, plain: Dataset) -> None:
+    def test_scheme_in_capitals(self, server: Httpd, remote: Remote, plain: Dataset) -> None:
         assert plain.source.path is not None
         server.files["/image.tif"] = Served(plain.source.path.read_bytes())
-        assert self.open_remote(server.url.replace("http", "HTTP") + "/image.tif").footprint == plain.footprint
+        assert self.open_remote(server.url.replace("http", "HTTP") + "/image.tif", remote).footprint == plain.footprint
 
-    def test_changed_content_is_read_anew(self, server: Httpd, tmp_path: Path) -> None:
-        """GDAL keeps bytes by name; other content has another name, of which the server sees nothing.
-
-        What it would keep is the header, and so the image's place, and whatever is read in one piece. Blocks of a
-        window are fetched together, past its cache, so windows alone would not show it. All versions have one length.
-        """
+    def test_changed_content_is_read_anew(self, server: Httpd, remote: Remote, tmp_path: Path) -> None:
+        """What is kept of a file belongs to its content, not to its URL alone. All versions have one length."""
         url = f"{server.url}/changes.tif"
         lengths, wrong = set(), []
         for version, (bands, shift_m) in enumerate([(IMAGE, 0.0), (255 - IMAGE, 35.0), (IMAGE, 0.0)]):
@@ -1057,34 +1059,34 @@ class TestIdentity:
             path = write_tif(tmp_path / "v.tif", bands, transform=transform, photometric="RGB")
             lengths.add(path.stat().st_size)
             server.files["/changes.tif"] = Served(path.read_bytes(), {"ETag": f'"{version}"'})
-            dataset = self.open_remote(url)
+            dataset = self.open_remote(url, remote)
             if dataset.transform != tuple(transform)[:6]:
                 wrong.append(f"place of version {version}")
-            with open_raster(dataset.source, dataset.identity, None, TIMEOUT_S) as raster:
+            with open_raster(dataset.source, dataset.identity) as raster:
                 if not np.array_equal(raster.read(), bands):
                     wrong.append(f"pixels of version {version}")
         assert wrong == []
         assert len(lengths) == 1
         assert {path for _, path in server.requests} == {"/changes.tif"}
 
-    def test_opening_again_asks_for_nothing(self, server: Httpd, plain: Dataset) -> None:
+    def test_opening_again_asks_for_nothing(self, server: Httpd, remote: Remote, plain: Dataset) -> None:
         assert plain.source.path is not None
         server.files["/kept.tif"] = Served(plain.source.path.read_bytes(), {"ETag": '"1"'})
-        dataset = self.open_remote(f"{server.url}/kept.tif")
+        dataset = self.open_remote(f"{server.url}/kept.tif", remote)
         before = len(server.requests)
-        with open_raster(dataset.source, dataset.identity, None, TIMEOUT_S) as raster:
+        with open_raster(dataset.source, dataset.identity) as raster:
             assert raster.shape == (SIZE, SIZE)
         assert len(server.requests) == before
 
-    def test_html_page_under_an_image_url(self, server: Httpd) -> None:
+    def test_html_page_under_an_image_url(self, server: Httpd, remote: Remote) -> None:
         server.files["/image.tif"] = Served(b"<html></html>" * 1000, {"Content-Type": "text/html"})
         with pytest.raises(SourceUnavailableError, match="cannot open"):
-            self.open_remote(f"{server.url}/image.tif")
+            self.open_remote(f"{server.url}/image.tif", remote)
 
-    def test_only_the_file_itself_is_asked_for(self, server: Httpd, plain: Dataset) -> None:
+    def test_only_the_file_itself_is_asked_for(self, server: Httpd, remote: Remote, plain: Dataset) -> None:
         assert plain.source.path is not None
         server.files["/folder/image.tif"] = Served(plain.source.path.read_bytes())
-        dataset = self.open_remote(f"{server.url}/folder/image.tif")
+        dataset = self.open_remote(f"{server.url}/folder/image.tif", remote)
         read_one(dataset, middle_window(dataset))
         assert {path for _, path in server.requests} == {"/folder/image.tif"}
 

@@ -53,7 +53,6 @@ BLOCK_PATCHES = 64
 another; and a block of 896 px takes 80 MB while its invalid pixels are filled."""
 PATCHES_PER_OPENING = 512
 """Patches across that are read through one opening of the file."""
-TIMEOUT_S = 10.0
 GDAL_OPTIONS = {
     "GDAL_TIFF_INTERNAL_MASK": True,
     "GDAL_CACHEMAX": 256 * 2**20,  # for rasterio this is in bytes, whatever the size
@@ -122,7 +121,7 @@ def place_image(raster: Any, path: Path, name: str, identity: str, recipe: Recip
         UnsupportedImageError: if it is not an image that can be used.
     """
     with reading():
-        dataset = place(raster, Source(name, path), identity, recipe.options, recipe.preprocess, PATCH_PX, TIMEOUT_S)
+        dataset = place(raster, Source(name, path), identity, recipe.options, recipe.preprocess, PATCH_PX)
     pre = recipe.preprocess
     if dataset.upsampling * AVERAGE_FROM <= 1.01:
         pre = pre.model_copy(update={"resampling": "average"})
@@ -185,7 +184,7 @@ def _readable(raster: Any, dataset: Dataset, copy: Path) -> Dataset:
     if not _seen_by_tiler(raster, dataset.source):
         _copy(raster, copy)
         dataset = replace(dataset, source=Source(dataset.source.url, copy))
-    with open_raster(dataset.source, dataset.identity, None, TIMEOUT_S) as readable:
+    with open_raster(dataset.source, dataset.identity) as readable:
         return with_collars(dataset, readable)
 
 
@@ -193,7 +192,7 @@ def _seen_by_tiler(raster: Any, source: Source) -> bool:
     """True if an image can be read, and is the same, as the tiler opens it: a GeoTIFF without the files beside it."""
     seen = ("crs", "transform", "shape", "dtypes", "nodatavals", "mask_flag_enums", "colorinterp")
     try:
-        with open_raster(source, "", None, TIMEOUT_S) as bare:
+        with open_raster(source, "") as bare:
             check_structure(bare)
             # A strip of a large image that is not tiled would be decoded again for each block in it.
             striped = bare.block_shapes[0][1] == bare.width and bare.width * bare.height > MAX_PX_WITHOUT_OVERVIEWS

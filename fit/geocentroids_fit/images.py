@@ -15,8 +15,6 @@ from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.source import Dataset, ReadOptions, open_dataset, resolve_source, source_identity
 
 SUFFIXES = (".tif", ".tiff")
-TIMEOUT_S = 30.0
-"""Longest wait for an answer of a remote image; local files answer at once."""
 AS_THEY_ARE = ReadOptions()
 """8-bit images whose bands say what they are."""
 T = TypeVar("T")
@@ -44,7 +42,7 @@ class ImageFolder:
             SourceUnavailableError: if it is not there.
             SourceRefusedError: if it is no http(s) URL or lies outside of the folder.
         """
-        return source_identity(resolve_source(name, self.folder), TIMEOUT_S)
+        return source_identity(resolve_source(name, self.folder))
 
     def open(self, name: str, codebook: Codebook) -> Dataset:
         """Open an image as serving does with a codebook.
@@ -53,7 +51,7 @@ class ImageFolder:
             GeocentroidsError: if it cannot be read, or is not an image that the codebook could classify.
         """
         source = resolve_source(name, self.folder)
-        return open_dataset(source, source_identity(source, TIMEOUT_S), self.options, codebook, TIMEOUT_S)
+        return open_dataset(source, source_identity(source), self.options, codebook)
 
 
 def list_images(folder: Path, exclude: Sequence[str] = ()) -> list[str]:

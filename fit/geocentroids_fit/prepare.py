@@ -33,7 +33,6 @@ from geocentroids_fit.ground_cog import (
     GDAL_ERRORS,
     GDAL_OPTIONS,
     PATCH_PX,
-    TIMEOUT_S,
     Compress,
     Recipe,
     detail,
@@ -317,7 +316,7 @@ class _Run:
 
     def _opened(self, raster: Any, name: str, output: str) -> _Result:
         target = self.out / output
-        identity = ";".join(source_identity(Source(file, Path(file)), TIMEOUT_S) for file in raster.files)
+        identity = ";".join(source_identity(Source(file, Path(file))) for file in raster.files)
         key = digest_of([FORMAT, self.recipe.parameters, name, output, identity])
         if done := _finished(target, key):
             return done, True

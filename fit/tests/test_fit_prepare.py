@@ -109,7 +109,7 @@ def test_an_aligned_image_keeps_its_pixels_and_is_read_as_it_is(tmp_path: Path) 
         assert raster.overviews(1) == [2, 4, 8]
         assert raster.files == [str(path)]
     source = resolve_source("town/a.tif", tmp_path / "out")
-    dataset = open_dataset(source, source_identity(source, 5.0), ReadOptions(), codebook(), 5.0)
+    dataset = open_dataset(source, source_identity(source), ReadOptions(), codebook())
     assert (dataset.warped, dataset.overview, dataset.collars) == (False, None, ())
     assert dataset.gsd_m == pytest.approx(0.25, rel=1e-3)
     top, left = dataset.footprint.row_start, dataset.footprint.col_start

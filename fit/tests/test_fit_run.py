@@ -133,7 +133,7 @@ def served(codebook: Codebook, folder: Path, name: str) -> tuple[np.ndarray, obj
     engine = LabelEngine(codebook, load_encoder(source), LabelStore(2**20), read_threads=1, token_cache_bytes=2**22)
     try:
         found = resolve_source(name, folder)
-        dataset = open_dataset(found, source_identity(found, 5), ReadOptions(), codebook, 5)
+        dataset = open_dataset(found, source_identity(found), ReadOptions(), codebook)
         return engine.block(dataset, dataset.footprint).labels, dataset
     finally:
         engine.close()

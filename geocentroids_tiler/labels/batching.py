@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Generic, TypeVar
+
+from geocentroids_tiler.source import computing_in
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,6 +36,7 @@ class Lane(Generic[Item, Result]):
             soon as it is there.
         max_batch: returns how many items a batch may have; asked anew for each batch.
         group_of: only items with equal groups share a batch.
+        owner_of: whom an item is for, where a queue lets no owner take all its threads; None: nobody in particular.
         first: whether its items go before those of other lanes of the same rank.
         finish: waits for what ``handle`` returned and turns it into as many results as there were items, in order, so
             that a device that works on its own has the next batch before the last one is waited for.
@@ -41,6 +45,7 @@ class Lane(Generic[Item, Result]):
     handle: Callable[[Sequence[Item]], Any]
     max_batch: Callable[[], int]
     group_of: Callable[[Item], Hashable] = field(default=lambda _: None)
+    owner_of: Callable[[Item], Hashable] = field(default=lambda _: None)
     first: bool = False
     finish: Callable[[Any], Sequence[Result]] | None = None
 
@@ -132,6 +137,8 @@ class BatchQueue:
         threads: int,
         *,
         in_flight: int = 1,
+        spare_threads: int = 0,
+        owner_batches: int = sys.maxsize,
         may_take: Callable[[], bool] = lambda: True,
         when_shorter: Callable[[], None] = lambda: None,
     ) -> None:
@@ -139,8 +146,10 @@ class BatchQueue:
 
         Args:
             name: of the threads.
-            threads: how many.
+            threads: how many work at once.
             in_flight: batches that a worker may have begun and not finished.
+            spare_threads: workers that take the places of those that wait for the network; see ``computing_in``.
+            owner_batches: batches of one owner at once.
             may_take: whether the workers may go on; ``wake`` makes them ask again.
             when_shorter: called when items have left the queue, taken or given back.
         """
@@ -150,7 +159,12 @@ class BatchQueue:
         self._in_flight = in_flight
         self._may_take = may_take
         self._when_shorter = when_shorter
-        self._threads = [threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(threads)]
+        self._at_once = threads
+        self._busy = 0
+        self._owner_batches = owner_batches
+        self._owners: Counter[Hashable] = Counter()
+        names = [f"{name}-{i}" for i in range(threads + spare_threads)]
+        self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
         for thread in self._threads:
             thread.start()
 
@@ -200,7 +214,7 @@ class BatchQueue:
     def wake(self) -> None:
         """Make the workers ask again whether they may go on."""
         with self._wake:
-            self._wake.notify_all()
+            self._wake.notify(self._at_once)
 
     def close(self) -> None:
         """Finish what is queued and end the workers."""
@@ -212,37 +226,77 @@ class BatchQueue:
 
     def _run(self) -> None:
         begun: deque[tuple[list[Ticket], Any]] = deque()
-        while True:
-            batch = self._take(wait=not begun)
-            if batch:
-                self._when_shorter()
-                begun += _begin(batch)
-            elif not begun:
-                return
-            if begun and (not batch or len(begun) >= self._in_flight):
-                _finish(*begun.popleft())
+        with computing_in(self._pause, self._resume):
+            while True:
+                batch = self._take(wait=not begun)
+                if batch:
+                    self._when_shorter()
+                    try:
+                        begun += _begin(batch)
+                    finally:
+                        self._release(batch)
+                elif not begun:
+                    return
+                if begun and (not batch or len(begun) >= self._in_flight):
+                    _finish(*begun.popleft())
+
+    def _pause(self) -> None:
+        """Let another worker go on while this one waits."""
+        with self._wake:
+            self._busy -= 1
+            self._wake.notify()
+
+    def _resume(self) -> None:
+        """Go on, be it beside one worker too many for a while."""
+        with self._wake:
+            self._busy += 1
+
+    def _release(self, batch: list[Ticket]) -> None:
+        owner = batch[0].lane.owner_of(batch[0].item)
+        with self._wake:
+            self._busy -= 1
+            if owner is not None:
+                self._owners[owner] -= 1
+                if not self._owners[owner]:
+                    del self._owners[owner]
+        # Nobody is woken: this worker looks for the next batch itself.
+
+    def _next(self) -> list[Ticket]:
+        """Take the most urgent item whose owner may have another batch, and all that may go with it."""
+        batch: list[Ticket] = []
+        size, owner = 1, None
+        for ticket in self._waiting.in_order(time.monotonic()):
+            if not batch:
+                owner = ticket.lane.owner_of(ticket.item)
+                if owner is not None and self._owners[owner] >= self._owner_batches:
+                    continue
+                lane, group, size = ticket.lane, ticket.lane.group_of(ticket.item), ticket.lane.max_batch()
+            elif ticket.lane is not lane or lane.group_of(ticket.item) != group:
+                continue
+            batch.append(ticket)
+            if len(batch) >= size:
+                break
+        if batch:
+            self._busy += 1
+            if owner is not None:
+                self._owners[owner] += 1
+        for ticket in batch:
+            ticket.waiting = False
+            self._waiting.remove(ticket)
+        return batch
 
     def _take(self, *, wait: bool) -> list[Ticket]:
-        """Return the next batch; none if the queue is closed and empty, or empty and ``wait`` is not set."""
+        """Return the next batch; none if the queue is closed and empty, or none may be taken and not ``wait``."""
         with self._wake:
-            while not (self._waiting.count and self._may_take()):
-                if not wait or (self._closed and not self._waiting.count):
+            while True:
+                if self._waiting.count and self._busy < self._at_once and self._may_take() and (batch := self._next()):
+                    return batch
+                if not wait:
+                    return []
+                if self._closed and not self._waiting.count:
+                    self._wake.notify_all()  # those that wait for a place end too
                     return []
                 self._wake.wait()
-            batch: list[Ticket] = []
-            size = 1
-            for ticket in self._waiting.in_order(time.monotonic()):
-                if not batch:
-                    lane, group, size = ticket.lane, ticket.lane.group_of(ticket.item), ticket.lane.max_batch()
-                elif ticket.lane is not lane or lane.group_of(ticket.item) != group:
-                    continue
-                batch.append(ticket)
-                if len(batch) >= size:
-                    break
-            for ticket in batch:
-                ticket.waiting = False
-                self._waiting.remove(ticket)
-            return batch
 
 
 def _begin(batch: list[Ticket]) -> list[tuple[list[Ticket], Any]]:

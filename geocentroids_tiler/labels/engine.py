@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 READ_BATCH = 16
 """Windows read through one opening of a file: opening costs as much as reading a few."""
+SPARE_READERS = 48
+"""Threads that read while others wait for the network: so many waits, for slow servers among others, hold up nobody."""
 CHUNKS_AHEAD = 128
 """Chunks that one caller keeps in the queues at once: enough to fill a device, few enough to bound memory."""
 CHUNKS_BEFORE_OTHERS = 32
@@ -106,6 +108,7 @@ class LabelEngine:
         read_threads: int,
         token_cache_bytes: int,
         queue_windows: int = sys.maxsize,
+        host_batches: int = sys.maxsize,
         next_rank: Callable[[], Rank] | None = None,
         meters: Meters | None = None,
         tier: TierChain | None = None,
@@ -116,9 +119,10 @@ class LabelEngine:
             codebook: whose labels.
             encoder: the codebook's encoder.
             store: keeps labels in memory.
-            read_threads: windows read at once.
+            read_threads: threads that read windows at once, those that wait for the network not counted.
             token_cache_bytes: device memory for tokens.
             queue_windows: with as many windows waiting, requests that need more are refused.
+            host_batches: batches of windows read from one host at once.
             next_rank: returns the rank of the newest request, higher than all before; None: counts them itself.
             meters: count and time what is done; None: for nobody.
             tier: keeps labels outside of the process.
@@ -146,7 +150,10 @@ class LabelEngine:
         self._pixels: Once[_WindowKey, WindowPixels] = Once(Lru(PIXEL_CACHE_BYTES // window_bytes), lock)
         self._tokens: Once[_WindowKey, TokenHandle] = Once(Lru(token_cache_bytes // encoder.token_bytes()), lock)
         self._read: Lane[_WindowJob, WindowPixels] = Lane(
-            self._read_batch, lambda: READ_BATCH, group_of=lambda job: job.dataset.key
+            self._read_batch,
+            lambda: READ_BATCH,
+            group_of=lambda job: job.dataset.key,
+            owner_of=lambda job: job.dataset.source.host,
         )
         self._encode: Lane[NDArray[np.uint8], TokenHandle] = Lane(self._encode_batch, lambda: encoder.windows_at_once)
         self._assign: Lane[Sequence[TokenHandle], ChunkLabels] = Lane(
@@ -162,7 +169,11 @@ class LabelEngine:
         at_once = encoder.windows_at_once
         self._read_ahead = max(2 * at_once, min(READ_AHEAD_RUNS * at_once, READ_AHEAD_BYTES // window_bytes))
         self._reading = BatchQueue(
-            "geocentroids-read", read_threads, may_take=lambda: len(self._device) < self._read_ahead
+            "geocentroids-read",
+            read_threads,
+            spare_threads=SPARE_READERS,
+            owner_batches=host_batches,
+            may_take=lambda: len(self._device) < self._read_ahead,
         )
         self._device = BatchQueue(
             "geocentroids-device", 1, in_flight=2 if on_gpu else 1, when_shorter=self._reading.wake
@@ -278,7 +289,6 @@ class LabelEngine:
         *,
         background: bool = False,
         timeout_s: float | None = None,
-        gone: Callable[[], bool] = lambda: False,
     ) -> Generator[tuple[ChunkIndex, ChunkLabels]]:
         """Yield the chunks that hold ``patches``, those outside of the dataset left out, row by row as they come.
 
@@ -287,16 +297,13 @@ class LabelEngine:
             patches: which part of it.
             background: let all requests go first.
             timeout_s: longest time for all of it.
-            gone: asked before each chunk whether whoever wanted the labels has gone.
 
         Raises:
-            BusyError: if the queue is full, the time is over, or nobody waits any more.
+            BusyError: if the queue is full or the time is over.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         rank = BACKGROUND if background else self._next_rank()
         for index, future in self.ahead(dataset, self._inside(dataset, patches), rank=rank):
-            if gone():
-                raise BusyError("nobody waits for these labels any more", 1.0)
             try:
                 labels = future.result(None if deadline_s is None else deadline_s - time.monotonic())
             except TimeoutError:
@@ -305,26 +312,25 @@ class LabelEngine:
                 raise self.too_late(timeout_s) from None
             yield index, labels
 
-    def block(
-        self,
-        dataset: Dataset,
-        patches: PatchRange,
-        *,
-        timeout_s: float | None = None,
-        gone: Callable[[], bool] = lambda: False,
-    ) -> LabelBlock:
+    def block(self, dataset: Dataset, patches: PatchRange, *, timeout_s: float | None = None) -> LabelBlock:
         """Return the labels of a rectangle of patches, waiting for them; see ``stream``.
 
         Raises:
-            BusyError: if the queue is full, the time is over, or nobody waits any more.
+            BusyError: if the queue is full or the time is over.
         """
         result = LabelBlock.empty(patches)
-        for index, chunk in self.stream(dataset, patches, timeout_s=timeout_s, gone=gone):
+        for index, chunk in self.stream(dataset, patches, timeout_s=timeout_s):
             result.paste(index, chunk)
         return result
 
     async def block_async(
-        self, dataset: Dataset, patches: PatchRange, *, rank: Rank | None = None, timeout_s: float | None = None
+        self,
+        dataset: Dataset,
+        patches: PatchRange,
+        *,
+        rank: Rank | None = None,
+        timeout_s: float | None = None,
+        over: Callable[[], bool] = lambda: False,
     ) -> LabelBlock:
         """Return the labels of a rectangle of patches without holding a thread; cancelled, it gives up what it wants.
 
@@ -333,15 +339,18 @@ class LabelEngine:
             patches: which part of it.
             rank: how urgent it is; None: as urgent as the newest request.
             timeout_s: longest time for all of it.
+            over: asked at each chunk whether the server ends.
 
         Raises:
-            BusyError: if the queue is full or the time is over.
+            BusyError: if the queue is full, the time is over or the server ends.
         """
         result = LabelBlock.empty(patches)
         ahead = self.ahead(dataset, self._inside(dataset, patches), rank=self._next_rank() if rank is None else rank)
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 for i, (index, future) in enumerate(ahead):
+                    if over():
+                        raise BusyError("the server is shutting down", 1.0)
                     if not future.done():
                         await asyncio.wrap_future(future)
                     elif i % CHUNKS_BEFORE_OTHERS == 0:

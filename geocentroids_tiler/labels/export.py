@@ -118,7 +118,7 @@ def check_unchanged(dataset: Dataset) -> None:
         SourceChangedError: if it is not.
         SourceUnavailableError: if it does not answer.
     """
-    if source_identity(dataset.source, dataset.timeout_s) != dataset.identity:
+    if source_identity(dataset.source) != dataset.identity:
         raise SourceChangedError(f"{dataset.source.url!r} changed while it was labelled; label it again")
 
 

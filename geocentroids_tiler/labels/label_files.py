@@ -29,8 +29,6 @@ SIMILARITY_FILE = "similarity.tif"
 RECORD_FILE = "record.json"
 SMALLEST_PATCHES = 256
 """An overview this large, or a smaller raster, needs no smaller one: it is read at once."""
-_LOCAL_TIMEOUT_S = 1.0
-"""The options of GDAL ask for one; no local file heeds it."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ class KeptDataset:
         window = Window(cells.col_start, cells.row_start, *cells.shape[::-1])
         try:
             with (
-                rasterio.Env(**gdal_options(_LOCAL_TIMEOUT_S)),
+                rasterio.Env(**gdal_options()),
                 rasterio.open(self.folder / name, driver="GTiff", **level) as raster,
             ):
                 pixels: NDArray[Any] = raster.read(1, window=window)
@@ -248,7 +246,7 @@ def _check_raster(path: Path, size_bytes: int, expected: tuple[object, ...]) -> 
         if found_bytes != size_bytes:
             raise KeptLabelsError(f"{path.name} has {found_bytes} bytes; {size_bytes} were written")
         with (
-            rasterio.Env(**gdal_options(_LOCAL_TIMEOUT_S)),
+            rasterio.Env(**gdal_options()),
             rasterio.open(path, driver="GTiff") as raster,
         ):
             found = raster.dtypes, raster.shape, (1, *raster.overviews(1))

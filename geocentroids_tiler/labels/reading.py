@@ -45,21 +45,25 @@ class DatasetLabels:
         """Tell whether the labels of a rectangle of patches are there without computing any."""
         return self.kept is not None or self.engine.at_hand(self.dataset, patches)
 
-    def block(self, patches: PatchRange, timeout_s: float, gone: Callable[[], bool]) -> LabelBlock:
-        """Return the labels of a rectangle of patches, waiting for them.
+    async def every_patch(
+        self, patches: PatchRange, pool: Executor, *, timeout_s: float, over: Callable[[], bool] = lambda: False
+    ) -> LabelBlock:
+        """Return the label and similarity of every patch of a rectangle without holding a thread of the caller.
 
         Args:
             patches: which ones.
+            pool: threads that may read kept labels.
             timeout_s: longest time to wait for labels that are computed.
-            gone: tells whether whoever wanted them has gone.
+            over: asked at each chunk that is computed whether the server ends.
 
         Raises:
-            BusyError: if too much is asked for at once, the time is over, or kept labels turn out to be broken.
+            BusyError: if too much is asked for at once, the time is over, the server ends, or kept labels turn out to
+                be broken.
         """
-        if self.kept is not None:
-            with _asked_again():
-                return _patches_of(self.kept.read(patches), patches)
-        return self.engine.block(self.dataset, patches, timeout_s=timeout_s, gone=gone)
+        if self.kept is None:
+            return await self.engine.block_async(self.dataset, patches, timeout_s=timeout_s, over=over)
+        with _asked_again():
+            return _patches_of(await asyncio.get_running_loop().run_in_executor(pool, self.kept.read, patches), patches)
 
     async def block_async(
         self,

@@ -20,6 +20,7 @@ from geocentroids_tiler.errors import GeocentroidsError, SourceUnavailableError,
 from geocentroids_tiler.hub import find_codebook
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.futures import then
+from geocentroids_tiler.labels.host_queues import HostQueues
 from geocentroids_tiler.labels.job_files import JobRecord
 from geocentroids_tiler.labels.jobs import Jobs
 from geocentroids_tiler.labels.kept import KeptLabels
@@ -28,12 +29,16 @@ from geocentroids_tiler.labels.once import Once, Work
 from geocentroids_tiler.labels.store import LabelStore
 from geocentroids_tiler.labels.tiers import open_tiers
 from geocentroids_tiler.labels.viewports import Viewports
+from geocentroids_tiler.pools import full_pool
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.source import (
     Dataset,
     ReadOptions,
+    Remote,
     Source,
+    computing_in,
     open_dataset,
+    open_remote,
     resolve_source,
     source_identity,
 )
@@ -46,8 +51,8 @@ MAX_SOURCES = 4096
 """Sources whose identity is remembered."""
 MAX_CUTS = 64
 """Cuts of merge trees remembered at once."""
-OPEN_THREADS = 8
-"""Headers read at once. They wait for the network, not for the CPU."""
+OPEN_THREADS, OPEN_AT_ONCE = 64, 8
+"""Images that are being opened, most of them waiting for the network, and those of them that compute."""
 WORK_THREADS = 4
 """Tiles drawn, short pieces of work done, and exports and statistics gathered at once: a pool of threads for each,
 so that a long export holds up no tile."""
@@ -147,6 +152,7 @@ class Service:
         settings: what the operator chose.
         clock: tells the time in seconds.
         load: loads the encoder of a codebook.
+        remote: opens remote sources; made from ``settings`` if not given.
     """
 
     def __init__(
@@ -154,8 +160,10 @@ class Service:
         settings: Settings,
         clock: Callable[[], float] = time.monotonic,
         load: Callable[[Codebook, Settings], Encoder] = load_codebook_encoder,
+        remote: Remote | None = None,
     ) -> None:
         self.settings = settings
+        self.remote = open_remote(settings) if remote is None else remote
         self.clock = clock
         self._load = load
         self._lock = threading.Lock()
@@ -180,7 +188,9 @@ class Service:
         if settings.labels_dir is not None:
             self.kept = KeptLabels(settings.labels_dir, settings.label_files_bytes, clock)
             self.jobs = Jobs(self.kept, self._open_job, settings.max_jobs)
-        self._opening = ThreadPoolExecutor(OPEN_THREADS, "geocentroids-open")
+        self._opening = full_pool(OPEN_THREADS, "geocentroids-open")
+        self._may_compute = threading.Semaphore(OPEN_AT_ONCE)
+        self._by_host = HostQueues(self._opening, settings.source_connections)
         self._loading = ThreadPoolExecutor(1, "geocentroids-load")
         self.drawing = ThreadPoolExecutor(WORK_THREADS, "geocentroids-draw")
         self.working = ThreadPoolExecutor(WORK_THREADS, "geocentroids-work")
@@ -198,6 +208,7 @@ class Service:
                 future.result().close()
         if self.tier is not None:
             self.tier.close()
+        self.remote.close()
 
     def codebook(self, name: str | None) -> Codebook:
         """Return a codebook by name, None for the default.
@@ -273,13 +284,14 @@ class Service:
             SourceRefusedError: if the policy forbids the URL.
             SourceUnavailableError: if a local file does not exist.
         """
-        source = resolve_source(url, self.settings.root)
+        source = self.source(url)
         key = (source.url, options, codebook.digest)
         self._failures.check(key, self.clock())
 
         def open_or_confirm() -> _Opened:
             try:
-                return open_or_confirm_now()
+                with self._may_compute, computing_in(self._may_compute.release, self._may_compute.acquire):
+                    return open_or_confirm_now()
             except (SourceUnavailableError, UnsupportedImageError) as error:
                 self._failures.remember(key, error, self.clock())
                 raise
@@ -289,11 +301,10 @@ class Service:
             known = self._datasets.peek(key)
             if known is not None and known.identity.text == identity.text:
                 return _Opened(known.dataset, identity)
-            timeout_s = self.settings.source_timeout_s
-            return _Opened(open_dataset(source, identity.text, options, codebook, timeout_s), identity)
+            return _Opened(open_dataset(source, identity.text, options, codebook), identity)
 
         def start(work: Work[_Opened]) -> None:
-            opening = self._opening.submit(open_or_confirm)
+            opening = self._by_host.submit(source.host, open_or_confirm)
             opening.add_done_callback(lambda done: work.go_on(lambda: work.finish(done.result())))
 
         return then(self._opened.get(key, start), lambda opened: opened.dataset)
@@ -311,6 +322,10 @@ class Service:
             return None
         return known.asked_at + self.settings.source_ttl_s
 
+    def source(self, url: str) -> Source:
+        """Return a source that may be opened; see ``resolve_source``."""
+        return resolve_source(url, self.settings.root, self.remote)
+
     def identity(self, source: Source) -> str:
         """Return what changes when a source's content does, asked at most every ``source_ttl_s``.
 
@@ -324,13 +339,14 @@ class Service:
             known = self._identities.get(source.url)
         if known is None or not self._is_fresh(known):
             asked_at = self.clock()
-            known = _Identity(source_identity(source, self.settings.source_timeout_s), asked_at)
+            known = _Identity(source_identity(source), asked_at)
             with self._lock:
                 self._identities[source.url] = known
         return known
 
     def _is_fresh(self, identity: _Identity) -> bool:
-        return self.clock() - identity.asked_at < self.settings.source_ttl_s
+        fresh = self.clock() - identity.asked_at < self.settings.source_ttl_s
+        return fresh and not self.remote.is_outdated(identity.text)
 
     def _open_job(self, job: JobRecord) -> tuple[Dataset, LabelEngine]:
         """Open what a job is to label, with what labels it."""
@@ -349,6 +365,7 @@ class Service:
                 read_threads=settings.read_threads,
                 token_cache_bytes=settings.token_cache_bytes,
                 queue_windows=settings.queue_windows,
+                host_batches=settings.source_connections,
                 next_rank=self.viewports.next,
                 meters=self.meters,
                 tier=self.tier,

@@ -20,7 +20,10 @@ from geocentroids_tiler.source.pixels import (
     read_patches,
     read_windows,
 )
-from geocentroids_tiler.source.policy import Source, gdal_options, resolve_source
+from geocentroids_tiler.source.policy import RemotePolicy, Source, gdal_options, resolve_source
+from geocentroids_tiler.source.remote import Remote
+from geocentroids_tiler.source.setup import open_remote
+from geocentroids_tiler.source.waiting import computing_in
 
 __all__ = [
     "MAX_PX_WITHOUT_OVERVIEWS",
@@ -28,14 +31,18 @@ __all__ = [
     "Dataset",
     "PatchPixels",
     "ReadOptions",
+    "Remote",
+    "RemotePolicy",
     "Source",
     "WindowPixels",
     "check_structure",
+    "computing_in",
     "gdal_options",
     "iterate_windows",
     "labelled_patches",
     "open_dataset",
     "open_raster",
+    "open_remote",
     "place",
     "read_patches",
     "read_windows",

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
-import rasterio
 from numpy.typing import NDArray
 from pyproj import CRS
 from pyproj.exceptions import CRSError
 from rasterio.enums import ColorInterp, Interleaving, MaskFlags
 from rasterio.enums import Resampling as RasterioResampling
-from rasterio.errors import RasterioError
 
 from geocentroids_tiler.codebook import Codebook, PreprocessSection
 from geocentroids_tiler.errors import SourceUnavailableError, UnsupportedImageError
@@ -32,7 +29,8 @@ from geocentroids_tiler.grid import (
     outline,
 )
 from geocentroids_tiler.source.collar import MAX_CELLS, Collar, find_collars
-from geocentroids_tiler.source.policy import Source, gdal_options
+from geocentroids_tiler.source.opener import open_checked
+from geocentroids_tiler.source.policy import Source
 
 MAX_UPSAMPLING = 4.0
 """Imagery this many times coarser than the codebook's gsd is the coarsest that is accepted."""
@@ -40,10 +38,9 @@ SAME_GSD = 1.05
 """Ratios of gsd up to here count as the same."""
 MAX_PX_WITHOUT_OVERVIEWS = 8192 * 8192
 """Larger images must have an overview of at most this size: a look at the whole image reads all of it."""
-MAX_BANDS = 1024
-MAX_BLOCK_BYTES = 2**28
-"""Bytes of one block once decoded: a window needs all of every block that it touches."""
-_FOREIGN_TAGS = frozenset({"OVERVIEWS", "GEOLOCATION"})
+MAX_LOOK_BYTES = 2**30
+"""Bytes of the smallest overview once decoded, all bands that are stored together."""
+_FOREIGN_TAGS = frozenset({"OVERVIEWS", "GEOLOCATION", "SUBDATASETS", "RPC"})
 """Tags that make GDAL open other files, or hosts, by name."""
 
 
@@ -81,7 +78,6 @@ class Dataset:
         footprint: patches that share area with the image's outline.
         geographic_bounds: west, south, east, north in degrees.
         preprocess: the codebook's way from pixels to windows.
-        timeout_s: longest wait for an answer of the source.
     """
 
     source: Source
@@ -100,7 +96,6 @@ class Dataset:
     footprint: PatchRange
     geographic_bounds: Bounds
     preprocess: PreprocessSection
-    timeout_s: float
 
     @property
     def key(self) -> tuple[str, str, ReadOptions]:
@@ -129,7 +124,7 @@ class Dataset:
         )
 
 
-def source_identity(source: Source, timeout_s: float) -> str:
+def source_identity(source: Source) -> str:
     """Return a text that changes when the content of a source does.
 
     ETag, Last-Modified and length of a remote source; modification time and size of a local one.
@@ -137,26 +132,16 @@ def source_identity(source: Source, timeout_s: float) -> str:
     Raises:
         SourceUnavailableError: if the source cannot be reached or does not answer with success.
     """
-    if source.path is not None:
-        try:
-            stat = source.path.stat()
-        except (OSError, UnicodeError) as error:
-            raise SourceUnavailableError(f"cannot open {source.url!r}") from error
-        return f"{stat.st_mtime_ns}-{stat.st_size}"
+    if source.remote is not None:
+        return source.remote.identity(source.url)
     try:
-        with (
-            httpx.Client(follow_redirects=True, timeout=timeout_s, trust_env=False) as client,
-            client.stream("GET", source.url, headers={"Range": "bytes=0-0"}) as answer,
-        ):
-            answer.raise_for_status()
-            headers = answer.headers
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last: a host name that cannot be encoded
+        stat = Path(source.path or "").stat()
+    except (OSError, UnicodeError) as error:
         raise SourceUnavailableError(f"cannot open {source.url!r}") from error
-    length = headers.get("content-range", "").rpartition("/")[2] or headers.get("content-length", "")
-    return "-".join([headers.get("etag", ""), headers.get("last-modified", ""), length])
+    return f"{stat.st_mtime_ns}-{stat.st_size}"
 
 
-def open_dataset(source: Source, identity: str, options: ReadOptions, codebook: Codebook, timeout_s: float) -> Dataset:
+def open_dataset(source: Source, identity: str, options: ReadOptions, codebook: Codebook) -> Dataset:
     """Read an image's header (and a small overview where validity needs it) and place it on the ground.
 
     Args:
@@ -164,16 +149,15 @@ def open_dataset(source: Source, identity: str, options: ReadOptions, codebook: 
         identity: of its content, from ``source_identity``.
         options: how bands become RGB.
         codebook: sets gsd, resampling and the size of patches.
-        timeout_s: longest wait for an answer of the source.
 
     Raises:
         SourceUnavailableError: if it is missing, forbidden or not a GeoTIFF.
         UnsupportedImageError: if it is not an image that the codebook can classify.
     """
     preprocess, patch_px = codebook.manifest.preprocess, codebook.manifest.encoder.patch_px
-    with open_raster(source, identity, None, timeout_s) as raster:
+    with open_raster(source, identity) as raster:
         check_structure(raster)
-        return with_collars(place(raster, source, identity, options, preprocess, patch_px, timeout_s), raster)
+        return with_collars(place(raster, source, identity, options, preprocess, patch_px), raster)
 
 
 def place(
@@ -183,7 +167,6 @@ def place(
     options: ReadOptions,
     preprocess: PreprocessSection,
     patch_px: int,
-    timeout_s: float,
 ) -> Dataset:
     """Place an open image on the ground by its header alone; its collars are not looked for yet.
 
@@ -194,7 +177,6 @@ def place(
         options: how bands become RGB.
         preprocess: sets gsd, resampling and windows.
         patch_px: pixels a side of a patch.
-        timeout_s: longest wait for an answer of the source.
 
     Raises:
         UnsupportedImageError: if it is not an image that a codebook of this gsd can classify.
@@ -234,7 +216,6 @@ def place(
         footprint=grid.patches_touching((left, bottom, right, top)),
         geographic_bounds=geographic_bounds(crs, transform, *size),
         preprocess=preprocess,
-        timeout_s=timeout_s,
     )
 
 
@@ -251,29 +232,23 @@ def with_collars(dataset: Dataset, raster: Any) -> Dataset:
 
 
 @contextmanager
-def open_raster(source: Source, identity: str, overview: int | None, timeout_s: float) -> Iterator[Any]:
+def open_raster(source: Source, identity: str, overview: int | None = None) -> Iterator[Any]:
     """Open a source with rasterio for the length of a ``with`` block; one per task, never shared by threads.
+
+    What was read may be trusted once the block has ended without an error; before that see ``open_checked``.
 
     Args:
         source: where it is.
-        identity: of the content; keeps GDAL from mixing it with cached bytes of earlier content.
+        identity: of the content.
         overview: index of an overview to open in place of the image.
-        timeout_s: longest wait for an answer.
 
     Raises:
         SourceUnavailableError: if it cannot be opened or read; missing, forbidden and unreadable read the same.
+        SourceChangedError: if it is no longer what ``identity`` says.
+        UnsupportedImageError: if it is not a file that is opened here.
     """
-    if source.path is not None:
-        name = str(source.path)
-    else:
-        # A fragment is never sent to the server, but makes GDAL's cache keep contents apart.
-        name = f"/vsicurl/{source.url}#{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    levels = {} if overview is None else {"overview_level": overview}
-    try:
-        with rasterio.Env(**gdal_options(timeout_s)), rasterio.open(name, driver="GTiff", **levels) as raster:
-            yield raster
-    except (RasterioError, OSError, UnicodeError) as error:  # the last: a name that is not UTF-8
-        raise SourceUnavailableError(f"cannot open {source.url!r}") from error
+    with open_checked(source, identity, overview) as (raster, _):
+        yield raster
 
 
 def to_uint8(values: NDArray[Any], rescale: tuple[float, float] | None) -> NDArray[np.uint8]:
@@ -294,8 +269,6 @@ def check_structure(raster: Any) -> None:
     """
     if foreign := _FOREIGN_TAGS.intersection(raster.tag_namespaces()):
         raise UnsupportedImageError(f"the image has {' and '.join(sorted(foreign))} tags, which may name other files")
-    if raster.count > MAX_BANDS:
-        raise UnsupportedImageError(f"the image has {raster.count} bands; accepted: up to {MAX_BANDS}")
     factor = max(raster.overviews(1), default=1)
     if raster.width * raster.height > MAX_PX_WITHOUT_OVERVIEWS * factor**2:
         smallest = f"no overview smaller than 1:{factor}" if factor > 1 else "no overviews"
@@ -304,12 +277,11 @@ def check_structure(raster: Any) -> None:
             f"{MAX_PX_WITHOUT_OVERVIEWS} px are required (write it as a Cloud Optimized GeoTIFF)"
         )
     together = raster.count if raster.interleaving is Interleaving.pixel else 1
-    rows, cols = raster.block_shapes[0]
-    block_bytes = rows * cols * together * np.dtype(raster.dtypes[0]).itemsize
-    if block_bytes > MAX_BLOCK_BYTES:
+    look_bytes = raster.width * raster.height // factor**2 * together * np.dtype(raster.dtypes[0]).itemsize
+    if look_bytes > MAX_LOOK_BYTES:
         raise UnsupportedImageError(
-            f"the image has blocks of {cols} x {rows} px, {block_bytes} bytes each; accepted: up to {MAX_BLOCK_BYTES} "
-            "(write it as a Cloud Optimized GeoTIFF)"
+            f"the smallest overview of the image takes {look_bytes} bytes for all {raster.count} bands; accepted: up "
+            f"to {MAX_LOOK_BYTES} (write it as a Cloud Optimized GeoTIFF)"
         )
 
 

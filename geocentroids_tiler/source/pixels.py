@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +20,9 @@ from rasterio.windows import Window
 
 from geocentroids_tiler.grid import Bounds, ChunkIndex, PatchRange, raster_points, window_patches_of
 from geocentroids_tiler.source.cells import CELL_PATCHES, EMPTY, GAP, Cell, CellCache
-from geocentroids_tiler.source.dataset import Dataset, open_raster, to_uint8
+from geocentroids_tiler.source.dataset import Dataset, to_uint8
 from geocentroids_tiler.source.fill import fill_invalid
+from geocentroids_tiler.source.opener import open_checked
 
 _PILLOW_FILTER = {
     "nearest": Image.Resampling.NEAREST,
@@ -142,6 +143,7 @@ class _Reader:
         self.dataset = dataset
         self.patch_px = patch_px
         self._stack = ExitStack()
+        self._check: Callable[[], None] = lambda: None
 
     def __enter__(self) -> _Reader:
         return self
@@ -153,21 +155,25 @@ class _Reader:
     def raster(self) -> Any:
         """The image, or the image warped to the grid, open."""
         dataset = self.dataset
-        raster = self._stack.enter_context(
-            open_raster(dataset.source, dataset.identity, dataset.overview, dataset.timeout_s)
-        )
+        opened = open_checked(dataset.source, dataset.identity, dataset.overview)
+        raster, self._check = self._stack.enter_context(opened)
         return self._stack.enter_context(_warped(dataset, raster, self.patch_px)) if dataset.warped else raster
 
     def cells(self, wanted: Sequence[ChunkIndex]) -> list[Cell]:
         """Read cells."""
         ranges = [index.patches(CELL_PATCHES) for index in wanted]
         if self.dataset.warped:
-            return [_warped_cell(self.raster, self.dataset, patches, self.patch_px) for patches in ranges]
-        return _direct_cells(self.raster, self.dataset, ranges, self.patch_px)
+            cells = [_warped_cell(self.raster, self.dataset, patches, self.patch_px) for patches in ranges]
+        else:
+            cells = _direct_cells(self.raster, self.dataset, ranges, self.patch_px)
+        self._check()
+        return cells
 
     def filled(self, patches: PatchRange) -> PatchPixels:
         """Read patches of an image that is not warped as one piece, invalid pixels filled before all is resampled."""
-        return _read_direct(self.raster, self.dataset, patches, self.patch_px)
+        read = _read_direct(self.raster, self.dataset, patches, self.patch_px)
+        self._check()
+        return read
 
 
 def _read(reader: _Reader, patches: PatchRange, cells: CellCache) -> PatchPixels:

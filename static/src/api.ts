@@ -41,9 +41,14 @@ function splitOnce(text: string, mark: string): [string, string] {
   return index < 0 ? [text, ""] : [text.slice(0, index), text.slice(index + 1)];
 }
 
+/** Parameters that say which image is meant, and that one may see it. */
+function image(state: State): Params {
+  return { url: state.url, expires: state.expires, signature: state.signature };
+}
+
 /** Parameters that say which labels are meant. */
 function labels(state: State): Params {
-  return { url: state.url, codebook: state.codebook, classes: state.classes };
+  return { ...image(state), codebook: state.codebook, classes: state.classes };
 }
 
 /** Parameters that say how they are drawn. */
@@ -66,17 +71,17 @@ export function links(config: Config, state: State): { xyz: string; tilejson: st
 }
 
 export function infoUrl(config: Config, state: State): string {
-  return `${config.endpoint}/info${query({ url: state.url, codebook: state.codebook })}`;
+  return `${config.endpoint}/info${query({ ...image(state), codebook: state.codebook })}`;
 }
 
 export function classTileJsonUrl(config: Config, state: State): string {
-  const params = { url: state.url, codebook: state.codebook, tilesize: TILE_SIZE };
+  const params = { ...image(state), codebook: state.codebook, tilesize: TILE_SIZE };
   return `${config.endpoint}/${TMS}/tilejson.json${query(params)}`;
 }
 
 /** @param tileSize 512 for a sharp image on a display with two pixels to each CSS pixel. */
 export function imageTileJsonUrl(config: Config, state: State, tileSize: number): string {
-  return `${config.sourceEndpoint}/${TMS}/tilejson.json${query({ url: state.url, tilesize: tileSize })}`;
+  return `${config.sourceEndpoint}/${TMS}/tilejson.json${query({ ...image(state), tilesize: tileSize })}`;
 }
 
 export function pointUrl(config: Config, state: State, lon: number, lat: number): string {

@@ -137,6 +137,7 @@ class Viewer {
     if (url === "") return;
     const same = codebook === this.#state.codebook;
     const moves = url !== this.#state.url || this.#dataset === null;
+    if (url !== this.#state.url) this.#state = { ...this.#state, expires: null, signature: null };
     this.#state = { ...this.#state, url, codebook, ...(same ? {} : { highlight: null, classes: null }) };
     this.#writeAddress("pushState");
     void this.#open(moves);

@@ -6,6 +6,10 @@ export type Mode = "swipe" | "overlay";
 
 export interface State {
   readonly url: string | null;
+  /** Until when `signature` is valid, as it was signed; null is for ever. */
+  readonly expires: string | null;
+  /** Opens the image on a server that asks for it; it belongs to `url`. */
+  readonly signature: string | null;
   readonly codebook: string | null;
   /** Number of merged classes; null is all of them. */
   readonly classes: number | null;
@@ -21,6 +25,8 @@ export interface State {
 
 export const DEFAULTS: State = {
   url: null,
+  expires: null,
+  signature: null,
   codebook: null,
   classes: null,
   layer: "classes",
@@ -43,6 +49,8 @@ export function parseState(search: string, defaults: State = DEFAULTS): State {
   const mode = text("mode");
   return {
     url: text("url") ?? defaults.url,
+    expires: text("expires") ?? defaults.expires,
+    signature: text("signature") ?? defaults.signature,
     codebook: text("codebook") ?? defaults.codebook,
     classes: (CLASS_COUNTS as readonly (number | null)[]).includes(classes) ? classes : defaults.classes,
     layer: layer === "similarity" || layer === "classes" ? layer : defaults.layer,

@@ -48,6 +48,17 @@ test("point, statistics and TileJSON requests", () => {
   );
 });
 
+test("a signature goes wherever the image goes, and not to exemplars", () => {
+  const signed = { ...state, url: "a.tif", codebook: null, expires: "99", signature: "s-_" };
+  const { xyz, tilejson, wmts } = api.links(config, signed);
+  const addresses = [
+    xyz, tilejson, wmts, api.infoUrl(config, signed), api.classTileJsonUrl(config, signed),
+    api.imageTileJsonUrl(config, signed, 256), api.pointUrl(config, signed, 1, 2), api.statisticsUrl(config, signed),
+  ];
+  for (const address of addresses) assert.match(address, /\?url=a\.tif&expires=99&signature=s-_(&|$)/);
+  assert.equal(api.exemplarUrl(config, signed, 3, "webp"), "http://host/cog/geocentroids/exemplars/3.webp");
+});
+
 test("parameters are set, replaced and removed without touching the rest", () => {
   const tile = "http://host/{z}/{x}/{y}?url=a%2Fb.tif&classes=8&k=a=b";
   assert.equal(

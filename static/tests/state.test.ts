@@ -6,6 +6,8 @@ import { DEFAULTS, formatState, hasPosition, parseState, type State } from "../s
 test("a state survives the page's address", () => {
   const state: State = {
     url: "https://data.example/a b.tif?x=1&y=2#z",
+    expires: "1900000000",
+    signature: "aB-_9",
     codebook: "nano",
     classes: 24,
     layer: "similarity",

@@ -15,7 +15,6 @@ from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from geocentroids_fit.evaluate.landcover import UNKNOWN, majority_cover
-from geocentroids_fit.images import TIMEOUT_S
 from geocentroids_tiler.errors import InputError, short
 from geocentroids_tiler.grid import PatchRange
 from geocentroids_tiler.source import Dataset, Source, open_raster
@@ -45,7 +44,7 @@ def read_cover(
     """
     cover = np.full(area.shape, UNKNOWN, np.int64)
     met = False
-    with open_raster(Source(mask.name, mask), "", None, TIMEOUT_S) as raster:
+    with open_raster(Source(mask.name, mask), "") as raster:
         place = _place_of_mask(raster, mask.name, dataset)
         rows, cols = area.shape
         shape = rows * patch_px, cols * patch_px

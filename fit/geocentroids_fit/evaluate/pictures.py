@@ -103,7 +103,7 @@ def photograph(dataset: Dataset, area: PatchRange, side_px: int = SIDE_PX) -> st
     scale = side_px / max(rows, cols)
     shape = max(1, round(rows * scale)), max(1, round(cols * scale))
     with (
-        open_raster(dataset.source, dataset.identity, None, dataset.timeout_s) as raster,
+        open_raster(dataset.source, dataset.identity) as raster,
         on_grid(raster, dataset, area, shape, RasterioResampling.average) as warped,
     ):
         rgb = to_uint8(warped.read(dataset.indexes), dataset.options.rescale)  # (3, H, W)
