@@ -3,8 +3,8 @@
     python benchmarks/decode_process.py [--windows 96]
 
 Windows of one COG are read by two threads of this process, and by two other processes that send the pixels back.
-Printed: windows a second, and the memory of one such process. Fetching is left out: the bytes are local, though a process
-without credentials and network would have to be handed them too.
+Printed: windows a second, and the memory of one such process. Fetching is left out: the bytes are local, though a
+process without credentials and network would have to be handed them too.
 """
 
 from __future__ import annotations

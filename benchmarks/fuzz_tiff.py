@@ -121,7 +121,8 @@ TAGS = (254, 256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 320, 322, 32
         33550, 33922, 34264, 34735, 34736, 34737, 34665, 42112, 42113, 50674, 50844, 50909)  # fmt: skip
 KINDS = (*range(20), 0x8000, 0xFFFF)
 NUMBERS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 32, 64, 127, 255, 256, 4095, 4096, 4097, 0x7FFF, 0x8000, 0xFFFF, 0x10000,
-           2**20, 2**20 + 1, 2**22, 2**28, 2**30, 2**31 - 1, 2**31, 2**32 - 16, 2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1)  # fmt: skip
+           2**20, 2**20 + 1, 2**22, 2**28, 2**30, 2**31 - 1, 2**31, 2**32 - 16, 2**32 - 1, 2**32, 2**63 - 1,
+           2**64 - 1)  # fmt: skip
 CODECS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34676, 34887, 34925, 50000, 50001, 50002)
 
 
@@ -215,7 +216,7 @@ def _change_values(data: bytearray, rng: random.Random) -> None:
 # What is fuzzed
 
 
-class Finding(Exception):
+class Finding(Exception):  # noqa: N818 - a finding is not an error of ours alone
     """What must not be."""
 
 
@@ -259,9 +260,11 @@ def compare_with_gdal(data: bytes, directories: list[Directory]) -> bool:
         except (rasterio.errors.RasterioError, UnicodeError):
             return False
         for level in range(min(levels, 8)):
-            with contextlib.suppress(rasterio.errors.RasterioError, UnicodeError):
-                with file.open(driver="GTiff", overview_level=level) as raster:
-                    _compare(raster, directories, "overview")
+            with (
+                contextlib.suppress(rasterio.errors.RasterioError, UnicodeError),
+                file.open(driver="GTiff", overview_level=level) as raster,
+            ):
+                _compare(raster, directories, "overview")
     return True
 
 
@@ -270,7 +273,12 @@ def _compare(raster: Any, directories: list[Directory], what: str) -> None:
     rows, cols = raster.block_shapes[0]
     block_bytes = rows * cols * together * np.dtype(raster.dtypes[0]).itemsize
     seen = f"{raster.width} x {raster.height} x {raster.count} of {raster.dtypes[0]}, blocks {cols} x {rows}"
-    same = [d for d in directories if (d.width_px, d.height_px, d.bands) == (raster.width, raster.height, raster.count)]
+    # Colour spaces that GDAL does not know it shows as RGBA: four bands, which a block's size is counted for.
+    same = [
+        d
+        for d in directories
+        if (d.width_px, d.height_px) == (raster.width, raster.height) and raster.count in (d.bands, 4)
+    ]
     if not same:
         raise Finding(f"{what}: another size or number of bands", seen, directories)
     if block_bytes > max(directory.block_bytes for directory in same):
@@ -360,7 +368,14 @@ def main() -> None:
         for path in Path(scratch).iterdir():
             shutil.copy(path, args.corpus)
     watched = Watched(TARGETS[args.target], args.findings or args.corpus.with_name(args.corpus.name + "-findings"))
-    options = [f"-max_len={MAX_INPUT_BYTES}", "-len_control=0", "-reduce_inputs=0", "-timeout=30", "-rss_limit_mb=4096", *args.libfuzzer]
+    options = [
+        f"-max_len={MAX_INPUT_BYTES}",
+        "-len_control=0",
+        "-reduce_inputs=0",
+        "-timeout=30",
+        "-rss_limit_mb=4096",
+        *args.libfuzzer,
+    ]
     atheris.Setup([sys.argv[0], *options, str(args.corpus)], watched, custom_mutator=mutate)
     atheris.Fuzz()
 

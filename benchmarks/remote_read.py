@@ -125,13 +125,18 @@ def write_cog(path: Path, compress: str) -> Path:
     """Write smooth noise with some grain as a COG of 512 px blocks."""
     rng = np.random.default_rng(0)
     bands = np.stack(
-        [np.asarray(Image.fromarray(rng.integers(40, 215, (256, 256), np.uint8)).resize((SIDE_PX, SIDE_PX))) for _ in "rgb"]
+        [
+            np.asarray(Image.fromarray(rng.integers(40, 215, (256, 256), np.uint8)).resize((SIDE_PX, SIDE_PX)))
+            for _ in "rgb"
+        ]
     )
     bands = bands + rng.integers(0, 8, (1, SIDE_PX, SIDE_PX), np.uint8)
     plain = path.with_suffix(".plain.tif")
     transform = rasterio.Affine(0.25, 0, 560_000, 0, -0.25, 6_140_000)
     profile: dict[str, Any] = {"width": SIDE_PX, "height": SIDE_PX, "count": 3, "dtype": "uint8"}
-    with rasterio.open(plain, "w", driver="GTiff", crs="EPSG:32721", transform=transform, tiled=True, **profile) as raster:
+    with rasterio.open(
+        plain, "w", driver="GTiff", crs="EPSG:32721", transform=transform, tiled=True, **profile
+    ) as raster:
         raster.write(bands)
     copy(plain, path, driver="COG", compress=compress)
     plain.unlink()

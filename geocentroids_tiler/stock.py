@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from rasterio._err import CPLE_BaseError  # GDAL's errors, some of which rasterio passes on as they are
 from rasterio.errors import RasterioError
 from rio_tiler.errors import RioTilerError, TileOutsideBounds
 from starlette.requests import Request
@@ -56,7 +57,7 @@ def stock_route(settings: Settings) -> type[APIRoute]:
                     except RasterioError as error:  # GDAL's words are not for those who chose the address
                         logger.warning("%s could not be read", request.url.path, exc_info=error)
                         raise SourceUnavailableError(f"cannot open {query.get('url')!r}") from error
-                    except _UNUSABLE as error:
+                    except (*_UNUSABLE, CPLE_BaseError) as error:
                         if isinstance(error, RioTilerError) and _status(error) < 500:
                             raise  # TiTiler knows it
                         logger.warning("%s answered with 400", request.url.path, exc_info=error)

@@ -30,7 +30,6 @@ from fakes import (
     labels_of_colors,
     open_image,
     part_of,
-    until,
     write_codebooks,
     write_images,
 )
@@ -1214,7 +1213,7 @@ class TestAround:
             ]
             exports += [pool.submit(app.post, f"{API}/statistics", body, bidx=[3, 2, 1]) for _ in "ab"]
             try:
-                until(lambda: app.service.exporting._work_queue.qsize() == 2)
+                encoder.await_run()
                 short = [
                     pool.submit(app.client.get, "/readyz"),
                     pool.submit(app.get, f"{API}/point/-56.343,-34.881"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ GOOD = {
     "queue_windows": ["1", "1000000"],
     "source_ttl_s": ["0", "0.5", "86400"],
     "source_timeout_s": ["0.1", "600"],
+    "source_connect_timeout_s": ["0.1", "60"],
+    "source_total_timeout_s": ["0.1", "3600"],
+    "source_read_bytes": ["1048576"],
+    "source_cache_bytes": ["1048576"],
+    "source_connections": ["1", "64"],
+    "source_http": ["True", "False"],
+    "source_hosts": ["[]", '["example.com", "*.example.org"]'],
+    "source_networks": ["[]", '["10.0.0.0/8", "fd00::/8", "127.0.0.1"]'],
+    "source_ports": ["[1, 65535]"],
+    "source_buckets": ["[]", '["s3://a-bucket", "gs://bucket/", "az://container"]'],
+    "source_proxy": ["http://proxy:3128"],
     "tile_budget_s": ["0.001", "600"],
     "max_chunks": ["1", "10000000"],
     "cors_origins": ['["https://example.org"]', "[]"],
@@ -123,6 +135,15 @@ BAD = {
     "tile_cache_bytes": ["-1"],
     "source_ttl_s": ["-0.1", "86401", "nan"],
     "source_timeout_s": ["0", "601", "nan", "inf"],
+    "source_connect_timeout_s": ["0", "61", "nan"],
+    "source_total_timeout_s": ["0", "3601", "nan"],
+    "source_read_bytes": ["1048575"],
+    "source_cache_bytes": ["1048575"],
+    "source_connections": ["0", "65"],
+    "source_http": ["perhaps"],
+    "source_networks": ['["10.0.0.1/8"]', '["example.com"]'],
+    "source_ports": ["[]", "[0]", "[65536]"],
+    "source_buckets": ['["bucket"]', '["https://example.com"]', '["s3://"]', '["s3://a/b"]'],
     "tile_budget_s": ["0", "601", "-1", "nan"],
     "max_chunks": ["0", "10000001"],
     "cache_control": ["public\r\nSet-Cookie: a=b", "öffentlich"],
@@ -151,10 +172,12 @@ def test_allowed(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
     value = getattr(Settings(), name)
     if name == "api_keys":
         expected: Any = [SecretStr(key) for key in json.loads(text)]
+    elif name == "source_networks":
+        expected = [ip_network(network) for network in json.loads(text)]
+    elif isinstance(value, list):
+        expected = json.loads(text)
     else:
-        expected = (
-            json.loads(text) if name == "cors_origins" else text == "True" if name == "docs" else type(value)(text)
-        )
+        expected = text == "True" if isinstance(value, bool) else type(value)(text)
     assert value == expected
     assert getattr(load_settings(), name) == value
 

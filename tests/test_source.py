@@ -911,6 +911,14 @@ class TestFilesThatAreNotImages:
         assert str(caught.value) == "cannot open 'secret.tif'"
 
 
+def test_pixels_far_too_small_for_a_window_are_refused(tmp_path: Path) -> None:
+    """A small file may say that its pixels are of micrometres: a window would have thousands of millions of them."""
+    path = write_tif(tmp_path / "tiny.tif", IMAGE[:, :48, :32], photometric="RGB", gsd_m=0.000_1)
+    dataset = open_tif(path)
+    with pytest.raises(UnsupportedImageError, match="accepted: up to 134217728"):
+        read_one(dataset, next(iter(dataset.footprint.chunks(10))))
+
+
 class TestForeignFiles:
     """Files beside an image, and files that it names, are not read."""
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import InputError
-from geocentroids_tiler.source import Dataset, ReadOptions, open_dataset, resolve_source, source_identity
+from geocentroids_tiler.source import Dataset, ReadOptions, Remote, open_dataset, resolve_source, source_identity
 
 SUFFIXES = (".tif", ".tiff")
 AS_THEY_ARE = ReadOptions()
@@ -29,11 +29,13 @@ class ImageFolder:
         folder: where local images lie.
         names: paths relative to it, and URLs.
         options: how bands become 8-bit RGB.
+        remote: opens images that are named by URL; None: none are.
     """
 
     folder: Path | None
     names: tuple[str, ...]
     options: ReadOptions = AS_THEY_ARE
+    remote: Remote | None = None
 
     def identity(self, name: str) -> str:
         """Return a text that changes when the image does.
@@ -42,7 +44,7 @@ class ImageFolder:
             SourceUnavailableError: if it is not there.
             SourceRefusedError: if it is no http(s) URL or lies outside of the folder.
         """
-        return source_identity(resolve_source(name, self.folder))
+        return source_identity(resolve_source(name, self.folder, self.remote))
 
     def open(self, name: str, codebook: Codebook) -> Dataset:
         """Open an image as serving does with a codebook.
@@ -50,7 +52,7 @@ class ImageFolder:
         Raises:
             GeocentroidsError: if it cannot be read, or is not an image that the codebook could classify.
         """
-        source = resolve_source(name, self.folder)
+        source = resolve_source(name, self.folder, self.remote)
         return open_dataset(source, source_identity(source), self.options, codebook)
 
 

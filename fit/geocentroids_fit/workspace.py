@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from geocentroids_fit.exemplars import ImageSource, source_of
 from geocentroids_fit.images import ImageFolder, list_images
 from geocentroids_fit.kept import Kept, load_kept
 from geocentroids_tiler.errors import InputError
-from geocentroids_tiler.source import ReadOptions
+from geocentroids_tiler.settings import load_settings
+from geocentroids_tiler.source import ReadOptions, Remote, open_remote
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,12 @@ class Fit:
         """
         images = self.config.images
         if images.prepare:
-            return ImageFolder(self.prepared, (*list_images(self.prepared), *images.urls))
+            return ImageFolder(self.prepared, (*list_images(self.prepared), *images.urls), remote=_remote(images.urls))
         listed = list_images(images.folder, images.exclude) if images.folder is not None else []
         if not listed and not images.urls:
             raise InputError("no images are named; name a folder of GeoTIFFs, or urls in the configuration")
-        return ImageFolder(images.folder, (*listed, *images.urls), ReadOptions(images.bidx, images.rescale))
+        options = ReadOptions(images.bidx, images.rescale)
+        return ImageFolder(images.folder, (*listed, *images.urls), options, _remote(images.urls))
 
     def clusters(self) -> tuple[Clusters, Kept]:
         """Return the clusters, and the same as they are kept.
@@ -98,3 +100,8 @@ class Fit:
 def clusters_of(kept: Kept) -> Clusters:
     """Return kept clusters as such."""
     return Clusters(**kept.arrays, record=kept.record)
+
+
+def _remote(urls: Sequence[str]) -> Remote | None:
+    """Return what opens these URLs, as the ``GEOCENTROIDS_SOURCE_*`` variables allow it; None if there are none."""
+    return open_remote(load_settings()) if urls else None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import rasterio
 from rasterio.transform import Affine
+from rasters import loopback_remote
 
 from geocentroids_fit.images import ImageFolder
 from geocentroids_fit.shards import FeatureSettings
 from geocentroids_tiler.codebook import EncoderSection, PreprocessSection
 from geocentroids_tiler.encoder import ChunkLayout, DeviceInfo
+from geocentroids_tiler.source import Remote
 
 PRE = PreprocessSection(gsd_m=0.25, window_patches=8, margin_patches=1, stride_patches=3)
 LAYOUT = ChunkLayout(8, 1, 3)
@@ -53,7 +57,8 @@ def settings(per_image: int = 40, seed: int = 0, encoder: str = "fake") -> Featu
 
 
 def folder_of(folder: Path, *names: str) -> ImageFolder:
-    return ImageFolder(folder, names)
+    urls = any(name.startswith("http") for name in names)
+    return ImageFolder(folder, names, remote=_remote() if urls else None)
 
 
 def write_image(path: Path, seed: int, size: int = 14 * 26, left: float = 560_000.0) -> None:
@@ -74,3 +79,11 @@ def write_bands(path: Path, bands: np.ndarray, left: float = 560_000.0, pixel_m:
         path, "w", **profile, crs="EPSG:32721", transform=transform, photometric="RGB", **more
     ) as raster:
         raster.write(bands)
+
+
+@lru_cache(maxsize=1)
+def _remote() -> Remote:
+    """Return what opens URLs, with its connections, until the tests end."""
+    remote = loopback_remote()
+    atexit.register(remote.close)
+    return remote

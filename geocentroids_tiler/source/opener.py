@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import rasterio
+from rasterio._err import CPLE_BaseError  # GDAL's errors, some of which rasterio passes on as they are
 from rasterio.abc import MultiByteRangeResourceContainer
 from rasterio.errors import RasterioError
 
@@ -55,7 +56,7 @@ def open_checked(source: Source, identity: str, overview: int | None) -> Iterato
                 yield raster, file.check
         finally:
             file.check()  # it is the reason for whatever GDAL says
-    except (RasterioError, OSError, UnicodeError, NotTiffError) as error:  # UnicodeError: a name that is not UTF-8
+    except (RasterioError, CPLE_BaseError, OSError, UnicodeError, NotTiffError) as error:  # Unicode: of a name
         raise SourceUnavailableError(f"cannot open {source.url!r}") from error
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from rasterio.transform import Affine
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
+from geocentroids_tiler.errors import UnsupportedImageError
 from geocentroids_tiler.grid import Bounds, ChunkIndex, PatchRange, raster_points, window_patches_of
 from geocentroids_tiler.source.cells import CELL_PATCHES, EMPTY, GAP, Cell, CellCache
 from geocentroids_tiler.source.dataset import Dataset, to_uint8
@@ -32,6 +34,8 @@ _PILLOW_FILTER = {
 }
 _FILTER_RADIUS = {"nearest": 1, "bilinear": 1, "cubic": 2, "average": 1}
 """Reach of the resampling filters, in source pixels at equal gsd."""
+MAX_SOURCE_PX = 2**27
+"""Pixels of an image that are read at once: those of a window of 112 m at 1 cm. A file may state any pixel size."""
 _CELLS_OF_ONE_CALL_BYTES = 32 * 2**20
 """Memory for cells that the rectangles of one call share, where the caller keeps none."""
 
@@ -148,8 +152,11 @@ class _Reader:
     def __enter__(self) -> _Reader:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        """Close the file, which turns GDAL's errors into ours."""
+        return self._stack.__exit__(kind, error, trace)
 
     @cached_property
     def raster(self) -> Any:
@@ -264,6 +271,12 @@ def _place(dataset: Dataset, transform: Affine, patches: PatchRange, patch_px: i
     row0, row1 = (top - t.f) / t.e, (bottom - t.f) / t.e
     first_col, last_col = _with_reach(col0, col1, width, dataset)
     first_row, last_row = _with_reach(row0, row1, height, dataset)
+    source_px = (last_row - first_row) * (last_col - first_col)
+    if source_px > MAX_SOURCE_PX:
+        raise UnsupportedImageError(
+            f"the image has {source_px} px in a place of {width} x {height} px of the codebook; accepted: up to "
+            f"{MAX_SOURCE_PX}. Its pixels are too small, or it lacks overviews"
+        )
     return _Place(
         source=PatchRange(first_row, last_row, first_col, last_col),
         box=(col0 - first_col, row0 - first_row, col1 - first_col, row1 - first_row),

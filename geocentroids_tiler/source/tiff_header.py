@@ -263,7 +263,8 @@ def _blocks(
     if depth := next((numbers[tag] for tag in (_IMAGE_DEPTH, _TILE_DEPTH) if numbers.get(tag, 1) != 1), None):
         raise UnsupportedImageError(f"the image is {depth} layers deep; accepted: 1")
     separate = numbers.get(_PLANAR, 1) == 2
-    block_bytes = cols * rows * (1 if separate else bands) * _sample_bytes(read, layout, entries)
+    # GDAL shows colour spaces that it does not know as RGBA, four bytes a pixel however few the file has.
+    block_bytes = cols * rows * max(4, (1 if separate else bands) * _sample_bytes(read, layout, entries))
     if block_bytes > MAX_BLOCK_BYTES:
         raise UnsupportedImageError(
             f"the image has blocks of {cols} x {rows} px, {block_bytes} bytes each; accepted: up to {MAX_BLOCK_BYTES} "
