@@ -913,10 +913,25 @@ class TestFilesThatAreNotImages:
 
 def test_pixels_far_too_small_for_a_window_are_refused(tmp_path: Path) -> None:
     """A small file may say that its pixels are of micrometres: a window would have thousands of millions of them."""
-    path = write_tif(tmp_path / "tiny.tif", IMAGE[:, :48, :32], photometric="RGB", gsd_m=0.000_1)
+    path = write_tif(tmp_path / "tiny.tif", IMAGE[:, :48, :32], photometric="RGB", gsd_m=0.001)
     dataset = open_tif(path)
     with pytest.raises(UnsupportedImageError, match="accepted: up to 134217728"):
         read_one(dataset, next(iter(dataset.footprint.chunks(10))))
+
+
+@pytest.mark.parametrize(
+    ("sides", "text"),
+    [
+        ((1e-6, 1e4), "times as long as wide"),
+        ((1e-300, 1e-300), "0.25 m and accepts down to 0.00025 m|has no area|not"),
+        ((0.000_01, 0.000_01), "accepts down to 0.00025 m"),
+    ],
+)
+def test_pixels_that_are_needles_or_dust(sides: tuple[float, float], text: str, tmp_path: Path) -> None:
+    transform = Affine(sides[0], 0, LEFT, 0, -sides[1], TOP)
+    path = write_tif(tmp_path / "odd.tif", IMAGE[:, :48, :32], photometric="RGB", transform=transform)
+    with pytest.raises(UnsupportedImageError, match=text):
+        open_tif(path)
 
 
 class TestForeignFiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,10 @@ MAX_UPSAMPLING = 4.0
 """Imagery this many times coarser than the codebook's gsd is the coarsest that is accepted."""
 SAME_GSD = 1.05
 """Ratios of gsd up to here count as the same."""
+MAX_FINENESS = 1000
+"""Imagery this many times finer than the codebook's gsd is the finest that is accepted."""
+MAX_ELONGATION = 64
+"""Longest side of a pixel, in shortest ones; near the poles a degree of longitude is short."""
 MAX_PX_WITHOUT_OVERVIEWS = 8192 * 8192
 """Larger images must have an overview of at most this size: a look at the whole image reads all of it."""
 MAX_LOOK_BYTES = 2**30
@@ -199,6 +204,7 @@ def place(
     north_up = b == 0 and d == 0 and a > 0 and e < 0
     edge = outline(crs, transform, *size, grid.crs)
     (left, bottom), (right, top) = edge.min(axis=0), edge.max(axis=0)
+    _check_pixels(crs, transform, gsd_m, preprocess.gsd_m)
     return Dataset(
         source=source,
         identity=identity,
@@ -295,6 +301,23 @@ def _crs_of(raster: Any) -> CRS:
     except CRSError as error:
         raise UnsupportedImageError(f"the image's coordinate reference system is not usable: {error}") from error
     return horizontal(crs)
+
+
+def _check_pixels(crs: CRS, transform: AffineCoefficients, gsd_m: float, codebook_gsd_m: float) -> None:
+    """Refuse an image whose pixels are needles or dust: a file may state any size, and windows count in them."""
+    a, b, _, d, e, _ = transform
+    sides = math.hypot(a, d), math.hypot(b, e)
+    longest, shortest = max(sides), min(sides)
+    if not (math.isfinite(longest) and shortest > 0 and longest <= MAX_ELONGATION * shortest):
+        raise UnsupportedImageError(
+            f"the image has pixels of {sides[0]:.3g} x {sides[1]:.3g} {crs.axis_info[0].unit_name}; accepted: up to "
+            f"{MAX_ELONGATION} times as long as wide"
+        )
+    if not gsd_m * MAX_FINENESS >= codebook_gsd_m:
+        raise UnsupportedImageError(
+            f"the image has {gsd_m:.3g} m per pixel; the codebook expects {codebook_gsd_m:.3g} m and accepts down to "
+            f"{codebook_gsd_m / MAX_FINENESS:.3g} m"
+        )
 
 
 def _rgb_indexes(raster: Any, options: ReadOptions) -> tuple[int, int, int]:

@@ -362,15 +362,18 @@ def _warped(dataset: Dataset, raster: Any, patch_px: int) -> WarpedVRT:
     left, _, _, top = grid.bounds_of(dataset.footprint)
     rows, cols = dataset.footprint.shape
     has_alpha = ColorInterp.alpha in raster.colorinterp
-    return WarpedVRT(
-        raster,
-        crs=grid.crs.to_wkt(),
-        transform=Affine(gsd_m, 0, left, 0, -gsd_m, top),
-        width=cols * patch_px,
-        height=rows * patch_px,
-        resampling=RasterioResampling[dataset.preprocess.resampling],
-        add_alpha=not has_alpha and raster.nodata is None,
-    )
+    try:
+        return WarpedVRT(
+            raster,
+            crs=grid.crs.to_wkt(),
+            transform=Affine(gsd_m, 0, left, 0, -gsd_m, top),
+            width=cols * patch_px,
+            height=rows * patch_px,
+            resampling=RasterioResampling[dataset.preprocess.resampling],
+            add_alpha=not has_alpha and raster.nodata is None,
+        )
+    except (RuntimeError, OverflowError) as error:  # what rasterio ends with where GDAL gives up
+        raise UnsupportedImageError(f"the image cannot be warped to the ground: {error}") from error
 
 
 def _warped_cell(vrt: WarpedVRT, dataset: Dataset, patches: PatchRange, patch_px: int) -> Cell:
