@@ -18,12 +18,13 @@ class ObjectStore:
     Args:
         bucket: ``s3://name``, ``gs://name`` or ``az://container``.
         timeout_s: longest silence of the service.
+        allow_http: whether an endpoint of the operator's own may be without TLS.
 
     Raises:
         InputError: if what reads buckets is not installed, or the environment does not say enough for this one.
     """
 
-    def __init__(self, bucket: str, timeout_s: float) -> None:
+    def __init__(self, bucket: str, timeout_s: float, *, allow_http: bool = False) -> None:
         try:
             import obstore
             from obstore.exceptions import BaseError
@@ -42,7 +43,7 @@ class ObjectStore:
         try:
             self._store: Any = store_class(
                 name,
-                client_options={"connect_timeout": patience, "read_timeout": patience},
+                client_options={"connect_timeout": patience, "read_timeout": patience, "allow_http": allow_http},
                 retry_config={"max_retries": 2, "retry_timeout": patience},
             )
         except (BaseError, ValueError) as error:
@@ -58,7 +59,7 @@ class ObjectStore:
         except TimeoutError as error:
             raise SilentError(str(error)) from error
         except (self._error, ValueError) as error:
-            raise FetchError(f"{type(error).__name__} {error}") from error
+            raise FetchError(f"{type(error).__name__} {str(error).partition(chr(10))[0]}") from error
         meta = answer.meta
         return Fetched(identity_of(meta["e_tag"] or "", meta["last_modified"].isoformat(), meta["size"]), data)
 

@@ -34,7 +34,9 @@ def open_remote(settings: Settings, resolver: Resolver = resolve) -> Remote:
     )
     proxy = settings.source_proxy.get_secret_value() if settings.source_proxy is not None else None
     buckets: dict[str, ByteStore] = {
-        bucket.rstrip("/") + "/": ObjectStore(bucket.rstrip("/"), settings.source_timeout_s)
+        bucket.rstrip("/") + "/": ObjectStore(
+            bucket.rstrip("/"), settings.source_timeout_s, allow_http=settings.source_http
+        )
         for bucket in settings.source_buckets
     }
     return Remote(
