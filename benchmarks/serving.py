@@ -98,6 +98,7 @@ def serve(root: Path, *, ours: bool, **settings: str) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
+    settings = {"client_requests": "1000", "requests_at_once": "1000"} | settings  # all clients have one address here
     environment = {**os.environ, **{f"GEOCENTROIDS_{name.upper()}": value for name, value in settings.items()}}
     if ours:
         command = [sys.executable, "-m", "geocentroids_tiler.cli", "serve", "--port", str(port), "--root", str(root)]

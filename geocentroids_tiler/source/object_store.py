@@ -58,7 +58,7 @@ class ObjectStore:
             data = bytes(answer.bytes())
         except TimeoutError as error:
             raise SilentError(str(error)) from error
-        except (self._error, ValueError) as error:
+        except (self._error, ValueError, OSError) as error:
             raise FetchError(f"{type(error).__name__} {str(error).partition(chr(10))[0]}") from error
         meta = answer.meta
         return Fetched(identity_of(meta["e_tag"] or "", meta["last_modified"].isoformat(), meta["size"]), data)
