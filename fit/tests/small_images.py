@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 import time
 from functools import lru_cache
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from rasterio.transform import Affine
-from rasters import loopback_remote
 
 from geocentroids_fit.images import ImageFolder
 from geocentroids_fit.shards import FeatureSettings
@@ -83,7 +81,13 @@ def write_bands(path: Path, bands: np.ndarray, left: float = 560_000.0, pixel_m:
 
 @lru_cache(maxsize=1)
 def _remote() -> Remote:
-    """Return what opens URLs, with its connections, until the tests end."""
-    remote = loopback_remote()
-    atexit.register(remote.close)
-    return remote
+    """Return what opens URLs, until ``close_remote``."""
+    from rasters import loopback_remote  # not at hand in the processes that some tests start
+
+    return loopback_remote()
+
+
+def close_remote() -> None:
+    """Close the connections of images that were named by URL."""
+    _remote().close()
+    _remote.cache_clear()

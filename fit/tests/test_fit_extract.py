@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import rasterio
 from httpd import Served, serve
-from small_images import LAYOUT, MeanEncoder, folder_of, settings, write_bands, write_image
+from small_images import LAYOUT, MeanEncoder, close_remote, folder_of, settings, write_bands, write_image
 
 from geocentroids_fit import extract as extract_module
 from geocentroids_fit.extract import Extraction, blend, extract
@@ -335,6 +335,7 @@ def test_images_on_the_web_give_the_same_features(folder: Path, tmp_path: Path) 
         assert run(folder, tmp_path / "far", url, wanted=wanted).reused == 0
         with pytest.raises(InputError, match="cannot open"):
             run(folder, tmp_path / "none", f"{server.url}/absent.tif")
+        close_remote()
     near = run(folder, tmp_path / "near", A, wanted=wanted).store
     assert far.images == (url,)
     assert far.manifest.images[0].bounds == near.manifest.images[0].bounds
