@@ -2,9 +2,9 @@
 
     python benchmarks/hostile.py [--markdown FILE]
 
-The cases are those of tests/test_hostile.py. The server runs in a process of its own, with short deadlines (1 s of
-silence, 3 s in all). Memory: the highest resident set while a case runs, less that before it. Canary: connections to a
-server that must not be reached, at any address of this machine; 0 in every row.
+The cases are those of tests/test_hostile.py. The server runs in a process of its own, with deadlines of 5 s for silence
+and 12 s for all of one opening. Memory: the highest resident set while a case runs, less that before it. Canary:
+connections to a server that must not be reached, at any address of this machine; 0 in every row.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 PER_SOURCE = 4
 """Requests of one source at once, so that one that is silent leaves the others threads to work in."""
-_UNUSABLE = (RioTilerError, ValueError, TypeError, AssertionError, LookupError, OverflowError, RecursionError)
+_UNUSABLE = (RioTilerError, ValueError, TypeError, AssertionError, LookupError, ArithmeticError, RecursionError)
 """What TiTiler and rio-tiler end with where a combination of parameters and image makes no sense."""
 
 

@@ -23,7 +23,7 @@ from rasterio.errors import RasterioIOError
 from geocentroids_tiler.app import PREFIX, create_app
 from geocentroids_tiler.errors import BusyError, InputError
 from geocentroids_tiler.gate import Gate
-from geocentroids_tiler.geojson_size import check_geojson_size, vertices_exceed
+from geocentroids_tiler.geojson_size import check_geojson_size, strays_from_bbox, vertices_exceed
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.stock import PER_SOURCE, stock_route
@@ -241,6 +241,12 @@ class TestOverHttp:
         assert answer.headers["cache-control"] == "no-store"
         assert re.search("accepted: |write AUTHORITY:code|powers and shifts are of", answer.json()["detail"])
 
+    def test_a_box_without_a_width(self, client: TestClient) -> None:
+        """rio-tiler divides by it."""
+        answer = client.get(f"{PREFIX}/bbox/2e-152,0.04,2e-16,3600.webp?url=degrees.tif")
+        assert answer.status_code == 400, answer.text
+        assert answer.headers["cache-control"] == "no-store"
+
     def test_what_is_useful_still_works(self, client: TestClient) -> None:
         for path in (
             "/info?",
@@ -337,6 +343,7 @@ class TestBodies:
         assert not vertices_exceed(document, 15)
         assert vertices_exceed(document, 14)
         assert not vertices_exceed({"coordinates": [[], None, "x"]}, 0)
+        assert vertices_exceed({"coordinates": [["1", "2"]]}, 0), "TiTiler reads texts as numbers"
 
     def test_nested_deeply(self, client: TestClient) -> None:
         nested: list[Any] = []
@@ -346,6 +353,41 @@ class TestBodies:
         for route in (f"{API}/statistics", f"{PREFIX}/statistics"):
             answer = client.post(f"{route}?url=whole.tif", content=b"[" * 100_000, headers=JSON)
             assert answer.status_code in (400, 422)
+
+    @pytest.mark.parametrize("route", [f"{PREFIX}/statistics", f"{PREFIX}/feature.png"])
+    @pytest.mark.parametrize("where", ["feature", "geometry"])
+    def test_bbox_of_another_place(self, client: TestClient, route: str, where: str) -> None:
+        """With a vertex much farther away than this one GDAL would stop the whole process for ever."""
+        line = {"type": "LineString", "coordinates": [[WEST, SOUTH - 5], [EAST, NORTH]]}
+        whole = {"type": "Feature", "properties": {}, "geometry": line}
+        part = whole if where == "feature" else line
+        part["bbox"] = [WEST, SOUTH, EAST, NORTH]
+        answer = client.post(f"{route}?url=whole.tif", json=whole)
+        assert answer.status_code == 400
+        assert "bbox that does not hold all vertices" in answer.json()["detail"]
+        part["bbox"] = [WEST, SOUTH - 5, EAST, NORTH]
+        assert client.post(f"{route}?url=whole.tif", json=whole).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("bbox", "vertex", "strays"),
+        [
+            ([0, 0, 1, 1], [0.5, 1], False),
+            ([0, 0, 1, 1], [0.5, 1.1], True),
+            ([0, 0, 1, 1], [-0.1, 1], True),
+            ([0, 0, -9, 1, 1, 9], [0.5, 1, 50], False),
+            ([0, 0, -9, 1, 1, 9], [0.5, 2, 0], True),
+            ([1, 0, 0, 1], [0.5, 1], True),
+            ([0, 0, 1, 1], [0.5, float("nan")], True),
+            ([0, 0, 1, 1], ["0.5", "1"], True),
+            (["0", "0", "1", "1"], [0.5, 1], True),
+            ([0, 0, 1], [0.5, 1], True),
+            (None, [0.5, 1], False),
+        ],
+    )
+    def test_what_strays_from_its_bbox(self, bbox: Any, vertex: list[Any], strays: bool) -> None:
+        point = {"type": "Point", "coordinates": vertex, "bbox": bbox}
+        both = {"type": "GeometryCollection", "geometries": [point, {"type": "Point", "coordinates": [9, 9]}]}
+        assert strays_from_bbox(collection({"type": "Feature", "properties": {"bbox": 1}, "geometry": both})) is strays
 
     def test_the_largest_body_has_more_vertices_than_may_be(self) -> None:
         """So the bound on vertices is one that holds, not one that the bound on bytes makes idle."""

@@ -275,6 +275,8 @@ def check_structure(raster: Any) -> None:
     """
     if foreign := _FOREIGN_TAGS.intersection(raster.tag_namespaces()):
         raise UnsupportedImageError(f"the image has {' and '.join(sorted(foreign))} tags, which may name other files")
+    if imaginary := next((dtype for dtype in raster.dtypes if "complex" in dtype), None):
+        raise UnsupportedImageError(f"the image holds {imaginary} values; accepted: integers and real numbers")
     factor = max(raster.overviews(1), default=1)
     if raster.width * raster.height > MAX_PX_WITHOUT_OVERVIEWS * factor**2:
         smallest = f"no overview smaller than 1:{factor}" if factor > 1 else "no overviews"

@@ -34,8 +34,9 @@ _PILLOW_FILTER = {
 }
 _FILTER_RADIUS = {"nearest": 1, "bilinear": 1, "cubic": 2, "average": 1}
 """Reach of the resampling filters, in source pixels at equal gsd."""
-MAX_SOURCE_PX = 2**27
-"""Pixels of an image that are read at once: those of a window of 112 m at 1 cm. A file may state any pixel size."""
+MAX_SOURCE_PX = 2**24
+"""Pixels of an image that are read at once: a file may state any pixel size. Filled and resampled they take about 50
+bytes each; a window of 112 m has as many at 2.7 cm, and finer images have overviews."""
 _CELLS_OF_ONE_CALL_BYTES = 32 * 2**20
 """Memory for cells that the rectangles of one call share, where the caller keeps none."""
 
