@@ -29,6 +29,14 @@ def check_geojson_size(document: Any, settings: Settings) -> None:
             f"the body has more than {settings.max_vertices} vertices, which is what this server reads in one request "
             "(GEOCENTROIDS_MAX_VERTICES)"
         )
+
+
+def check_bbox(document: Any) -> None:
+    """Refuse what has a bbox that does not hold it; only for what takes a bbox at its word, as rasterio does.
+
+    Raises:
+        InputError: if there is one.
+    """
     if strays_from_bbox(document):
         raise InputError("the body has a bbox that does not hold all vertices of what it is the bbox of; leave it out")
 

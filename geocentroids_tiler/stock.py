@@ -17,7 +17,7 @@ from titiler.core.errors import DEFAULT_STATUS_CODES
 
 from geocentroids_tiler.errors import InputError, SourceUnavailableError
 from geocentroids_tiler.gate import Gate
-from geocentroids_tiler.geojson_size import check_geojson_size
+from geocentroids_tiler.geojson_size import check_bbox, check_geojson_size
 from geocentroids_tiler.handlers import NoStoreRoute, empty_tile
 from geocentroids_tiler.render import MEDIA_TYPE
 from geocentroids_tiler.settings import Settings
@@ -98,3 +98,4 @@ def _check_body(body: bytes, settings: Settings) -> None:
     except ValueError:
         return
     check_geojson_size(document, settings)
+    check_bbox(document)
