@@ -37,13 +37,10 @@ def main() -> None:
         for name, make in CASES.items():
             world.attacker.routes.clear()
             case = make(world)
-            params = dict(case.params) if case.url is None else {"url": case.url, **case.params}
             canary, asked = world.canary.connections, len(world.attacker.asked)
             before = peak_bytes(server.pid, reset=True)
             start = time.perf_counter()
-            answer = client.request(
-                case.method, server.url + case.path, params=params, content=case.body, headers=dict(case.headers)
-            )
+            answer = case.send(client, server.url)
             took_s = time.perf_counter() - start
             text = answer.json()["detail"] if answer.status_code != 200 else answer.headers["content-type"]
             for port, word in ((world.attacker.port, "HERE"), (world.canary.port, "CANARY")):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from codebooks import make_manifest
 from numpy.typing import NDArray
 from rasterio.transform import Affine
@@ -42,6 +43,14 @@ K, DIM = 24, 5
 NAMES = {None: {0: "road", 5: "Wiese äöü"}, 6: {1: "forest"}}
 PATIENCE_S = 30.0
 """Longest wait for something that happens at once when nothing is broken."""
+
+
+LIBRARY_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:Use `@` matmul"),
+    pytest.mark.filterwarnings("ignore:Cannot determine minzoom"),
+    pytest.mark.filterwarnings("ignore:You will likely lose important projection information"),
+]
+"""Marks for tests that go through TiTiler's own routes: what its libraries warn of."""
 
 
 class PoisonError(Exception):

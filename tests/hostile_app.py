@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fakes import fake_service, write_codebooks, write_images
 from hostile_cases import NAMES, World
 from hostile_servers import Listener, listening
+from telling_server import serve_and_tell
 
 from geocentroids_tiler.app import create_app
 from geocentroids_tiler.settings import Settings
@@ -107,19 +107,7 @@ def main() -> None:
     settings = json.loads(sys.argv[4])
     service, _ = fake_service(images, codebooks, remote=open_remote(Settings(**settings), resolver), **settings)
     service.engine(service.codebook(None)).result()
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(service=service), port=0, log_level="error", http="h11", h11_max_incomplete_event_size=2**17
-        )
-    )
-    startup = server.startup
-
-    async def started(*args: Any, **kwargs: Any) -> None:
-        await startup(*args, **kwargs)
-        print("port", server.servers[0].sockets[0].getsockname()[1], flush=True)
-
-    server.startup = started  # type: ignore[method-assign]
-    server.run()
+    serve_and_tell(create_app(service=service), log_level="error", http="h11", h11_max_incomplete_event_size=2**17)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hostile_files as files
+import httpx
 from hostile_servers import (
     Listener,
     drip,
@@ -65,6 +66,13 @@ class Case:
     body: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     most_asked: int | None = None
+
+    def send(self, client: httpx.Client, server: str) -> httpx.Response:
+        """Ask a server."""
+        params = dict(self.params) if self.url is None else {"url": self.url, **self.params}
+        return client.request(
+            self.method, server + self.path, params=params, content=self.body, headers=dict(self.headers)
+        )
 
 
 @dataclass

@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fakes import fake_service
+from telling_server import serve_and_tell
 
 from geocentroids_tiler.app import create_app
 
@@ -35,15 +35,7 @@ def main() -> None:
         encoder.gate.set()
 
     threading.Thread(target=listen, daemon=True).start()
-    server = uvicorn.Server(uvicorn.Config(create_app(service=service), port=0, log_level="warning"))
-    startup = server.startup
-
-    async def started(*args: Any, **kwargs: Any) -> None:
-        await startup(*args, **kwargs)
-        print("port", server.servers[0].sockets[0].getsockname()[1], flush=True)
-
-    server.startup = started  # type: ignore[method-assign]
-    server.run()
+    serve_and_tell(create_app(service=service), log_level="warning")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import pytest
 from click.testing import CliRunner
-from fakes import Clock, fake_service, write_codebooks, write_images
+from fakes import LIBRARY_WARNINGS, Clock, fake_service, write_codebooks, write_images
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
@@ -36,11 +36,7 @@ LATER = 4_000_000_000
 REFUSAL = "this needs a key"
 KEY = {"X-API-Key": API_KEY}
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Use `@` matmul"),
-    pytest.mark.filterwarnings("ignore:Cannot determine minzoom"),
-    pytest.mark.filterwarnings("ignore:You will likely lose important projection information"),
-]
+pytestmark = LIBRARY_WARNINGS
 
 
 @pytest.fixture(scope="module")

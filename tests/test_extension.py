@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import morecantile
 import numpy as np
 import pytest
-from fakes import Loader, fake_service, write_codebooks, write_images
+from fakes import LIBRARY_WARNINGS, Loader, fake_service, write_codebooks, write_images
 from fastapi import Depends, FastAPI, HTTPException, Query
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
@@ -38,8 +38,8 @@ OWS = "{http://www.opengis.net/ows/1.1}"
 
 def leave_rio_tiler_alone(test: Any) -> Any:
     """Leave warnings out that TiTiler's own routes cause."""
-    for text in ("Use `@` matmul", "Cannot determine minzoom", "You will likely lose important projection information"):
-        test = pytest.mark.filterwarnings(f"ignore:{text}")(test)
+    for mark in LIBRARY_WARNINGS:
+        test = mark(test)
     return test
 
 

@@ -7,12 +7,13 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
-from fakes import fake_service, until, write_codebooks, write_images
+from browser import DIST, IN_A_BROWSER, TIMEOUT_MS, chromium, eventually, settle
+from fakes import LIBRARY_WARNINGS, fake_service, until, write_codebooks, write_images
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -22,9 +23,6 @@ from geocentroids_tiler.docs_page import docs_policy
 from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.security_headers import page_policy
 
-DIST = Path(__file__).parent.parent / "static" / "dist"
-CHROMIUM = Path("/usr/bin/chromium")
-TIMEOUT_MS = 20_000
 SIGNING_KEY = "a-signing-key-that-is-32-characters-long"
 API = "/cog/geocentroids"
 
@@ -162,18 +160,8 @@ def server(request: pytest.FixtureRequest, folders: tuple[Path, Path]) -> Iterat
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    arguments = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--use-gl=swiftshader",
-        "--enable-unsafe-swiftshader",
-    ]
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture
@@ -190,36 +178,42 @@ def page(browser: Any) -> Iterator[Any]:
     context.close()
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}")
-@pytest.mark.skipif(not (DIST / "index.html").exists(), reason="viewer not built: npm ci && npm run build in static/")
-@pytest.mark.filterwarnings("ignore:Use `@` matmul")
-@pytest.mark.filterwarnings("ignore:Cannot determine minzoom")
-@pytest.mark.filterwarnings("ignore:You will likely lose important projection information")
 class TestTheViewer:
+    pytestmark: ClassVar = [*IN_A_BROWSER, *LIBRARY_WARNINGS]
+
     def test_draws_without_breaking_its_policy(self, page: Any, server: tuple[str, str]) -> None:
         """The whole page: map, tiles of both layers, a point with its picture, statistics; nothing is refused."""
         origin, query = server
         answer = page.goto(f"{origin}/?{query}")
         assert answer.headers["content-security-policy"] == page_policy("'self'")
         page.locator("#tools").wait_for()
-        self.settle(page)
-        tiles = [url for _, url in page.asked if "/tiles/WebMercatorQuad/" in url]
-        assert any(urlsplit(url).path.startswith("/cog/tiles/") for url in tiles)
-        assert any(urlsplit(url).path.startswith(f"{API}/tiles/") for url in tiles)
+        kinds = ("/cog/tiles/WebMercatorQuad/", f"{API}/tiles/WebMercatorQuad/")
+
+        def tiles_of(kind: str) -> list[str]:
+            return [url for _, url in page.asked if urlsplit(url).path.startswith(kind)]
+
+        eventually(page, lambda: all(map(tiles_of, kinds)))
+        settle(page, page.asked)
+        tiles = [url for kind in kinds for url in tiles_of(kind)]
+        assert all(map(tiles_of, kinds)), "of the image and of its classes"
         assert all(query in url for url in tiles), "the signature goes along"
         box = page.locator("#map-image").bounding_box()
         page.mouse.click(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.5)
         page.locator("#pick .picked-name").wait_for()
         page.locator("#stats-button").click()
         page.locator("#stats .class-row").first.wait_for()
-        self.settle(page)
+        settle(page, page.asked)
         assert page.complaints == []
         assert [(status, url) for status, url in page.asked if status >= 400] == []
         assert {urlsplit(url).netloc for _, url in page.asked if url.startswith("http")} == {urlsplit(origin).netloc}
         clip = {"x": box["x"] + box["width"] * 0.55, "y": box["y"] + box["height"] * 0.4, "width": 200, "height": 120}
-        picture = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
-        assert len(picture.getcolors(200 * 120)) > 3, "there are classes on the map"
+
+        def colors() -> int:
+            picture = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+            return len(picture.getcolors(200 * 120))
+
+        eventually(page, lambda: colors() > 3)
+        assert colors() > 3, "there are classes on the map"
 
     def test_a_policy_that_is_broken_is_seen_here(self, page: Any, server: tuple[str, str]) -> None:
         """That the test above can fail: inline code is refused, and said to be."""
@@ -240,13 +234,3 @@ class TestTheViewer:
         assert "signature" not in found.value.url
         assert "signature" not in page.url
         assert found.value.status == (401 if "signature" in query else 200)
-
-    def settle(self, page: Any) -> None:
-        quiet = 0
-        for _ in range(TIMEOUT_MS // 100):
-            before = len(page.asked)
-            page.wait_for_timeout(100)
-            quiet = quiet + 1 if page.locator("#loading").is_hidden() and len(page.asked) == before else 0
-            if quiet == 3:
-                return
-        pytest.fail("The map never stopped loading.")

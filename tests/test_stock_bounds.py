@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import PATIENCE_S, fake_service, write_codebooks, write_images
+from fakes import LIBRARY_WARNINGS, PATIENCE_S, fake_service, write_codebooks, write_images
 from fastapi import APIRouter, FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -34,11 +34,7 @@ WEST, SOUTH, EAST, NORTH = -56.3432, -34.8814, -56.3427, -34.8809
 JSON = {"Content-Type": "application/json"}
 SQUARE = [[WEST, SOUTH], [EAST, SOUTH], [EAST, NORTH], [WEST, NORTH], [WEST, SOUTH]]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Use `@` matmul"),
-    pytest.mark.filterwarnings("ignore:Cannot determine minzoom"),
-    pytest.mark.filterwarnings("ignore:You will likely lose important projection information"),
-]
+pytestmark = LIBRARY_WARNINGS
 
 
 @pytest.fixture(scope="module")

@@ -16,22 +16,12 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np
 import pytest
+from browser import DIST, IN_A_BROWSER, TIMEOUT_MS, chromium, settle
 from PIL import Image
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-DIST = Path(__file__).parent.parent / "static" / "dist"
-CHROMIUM = Path("/usr/bin/chromium")
-SECOND_MS = 1000
-TIMEOUT_MS = 20 * SECOND_MS
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}"),
-    pytest.mark.skipif(
-        not (DIST / "index.html").exists(), reason="viewer not built: npm ci && npm run build in static/"
-    ),
-]
+pytestmark = IN_A_BROWSER
 
 BOUNDS = (-59.99, -3.06, -59.97, -3.04)
 CLASS_MINZOOM, CLASS_MAXZOOM = 15, 19
@@ -260,11 +250,8 @@ def backend() -> Iterator[Backend]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--enable-unsafe-swiftshader"]
-        running = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture
@@ -295,19 +282,7 @@ def page(browser: Any, backend: Backend) -> Iterator[Any]:
 def open_image(page: Any, backend: Backend, **params: str) -> None:
     page.goto(backend.page(**{"url": "forest.tif", "codebook": "nano", **params}))
     page.locator("#tools").wait_for()
-    settle(page, backend)
-
-
-def settle(page: Any, backend: Backend) -> None:
-    """Waits until nothing has been loading for a moment."""
-    quiet = 0
-    for _ in range(TIMEOUT_MS // 100):
-        before = len(backend.asked)
-        page.wait_for_timeout(100)
-        quiet = quiet + 1 if page.locator("#loading").is_hidden() and len(backend.asked) == before else 0
-        if quiet == 3:
-            return
-    pytest.fail("The map never stopped loading.")
+    settle(page, backend.asked)
 
 
 def click_map(page: Any) -> None:
@@ -381,7 +356,7 @@ def test_click_shows_label_and_similarity(page: Any, backend: Backend) -> None:
 
     page.locator("#highlight-toggle").check()
     page.wait_for_url(re.compile(f"highlight={label}"))
-    settle(page, backend)
+    settle(page, backend.asked)
     assert backend.paths(rf"^/cog/geocentroids/tiles/.*&highlight={label}$")
     assert f"highlight={label}" in page.locator("#link-xyz").input_value()
     page.locator("#highlight button").click()
@@ -448,7 +423,7 @@ def test_without_exemplars_none_are_asked_for(page: Any, backend: Backend) -> No
     click_map(page)
     page.locator("#stats-button").click()
     page.locator("#stats .class-row").first.wait_for()
-    settle(page, backend)
+    settle(page, backend.asked)
     assert backend.paths("/exemplars/") == []
     assert page.locator("figure, .peek").count() == 0
 
@@ -502,10 +477,10 @@ def test_both_maps_move_as_one(page: Any, backend: Backend) -> None:
     page.mouse.move(frame["x"] + 330, frame["y"] + 450, steps=5)
     page.mouse.up()
     page.wait_for_url(re.compile(r"#1[5-9]"))
-    settle(page, backend)
+    settle(page, backend.asked)
     on_top = labels_on_screen(page, [list(bytes.fromhex(color[1:])) for color, _ in LABELS])
     page.locator("#opacity").fill("0")
-    settle(page, backend)
+    settle(page, backend.asked)
     below = labels_on_screen(page, [[channel + 14 for channel in color] for color in GROUND])
     assert len(np.unique(on_top)) > 1
     # Measured 0.9945 (patches are blocks, the image is not); 0.981 if one map lags five pixels behind.
@@ -530,7 +505,7 @@ def test_opacity_uncovers_image(page: Any, backend: Backend) -> None:
     covered = pixel(page, right=True)
     page.locator("#opacity").fill("0")
     page.wait_for_url(re.compile("opacity=0"))
-    settle(page, backend)
+    settle(page, backend.asked)
     assert pixel(page, right=True) != covered
     assert page.locator("#opacity-value").inner_text() == "0 %"
 
@@ -538,13 +513,13 @@ def test_opacity_uncovers_image(page: Any, backend: Backend) -> None:
 def test_classes_and_layer_reach_requests(page: Any, backend: Backend) -> None:
     open_image(page, backend)
     page.locator("#classes").select_option("24")
-    settle(page, backend)
+    settle(page, backend.asked)
     assert backend.paths(r"^/cog/geocentroids/tiles/.*&classes=24$")
     click_map(page)
     page.locator(".picked").wait_for()
     assert backend.paths("/point/.*&classes=24$")
     page.locator("#layer").select_option("similarity")
-    settle(page, backend)
+    settle(page, backend.asked)
     assert backend.paths(r"^/cog/geocentroids/tiles/.*&classes=24&layer=similarity$")
     assert page.locator("#highlight-toggle").count() == 0
     assert page.locator("#swipe-right").inner_text() == "Similarity"
@@ -606,7 +581,7 @@ def test_says_when_to_zoom_in(page: Any, backend: Backend) -> None:
     page.locator("#zoom-in").click()
     page.locator("#zoom-note").wait_for(state="hidden")
     page.wait_for_url(re.compile(r"#14/-3\.05"))
-    settle(page, backend)
+    settle(page, backend.asked)
     assert backend.paths(r"^/cog/geocentroids/tiles/WebMercatorQuad/15/")
 
 
@@ -614,7 +589,7 @@ def test_shared_address_restores_view(page: Any, backend: Backend) -> None:
     url = backend.page(url="forest.tif", codebook="nano", classes="8", mode="overlay", opacity="35", highlight="2")
     page.goto(f"{url}#16/-3.05/-59.98")
     page.locator("#tools").wait_for()
-    settle(page, backend)
+    settle(page, backend.asked)
     assert page.url == f"{url}#16/-3.05/-59.98"
     assert page.locator("#classes").input_value() == "8"
     assert page.locator("#opacity").input_value() == "35"

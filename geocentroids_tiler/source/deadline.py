@@ -18,6 +18,10 @@ class Deadline:
         self._clock = clock
         self._at_s = clock() + seconds
 
+    def allows(self, seconds: float) -> bool:
+        """Tell whether something that takes so long would be done in time."""
+        return self._clock() + seconds < self._at_s
+
     def left_s(self) -> float:
         """Return the time that is left.
 

@@ -51,7 +51,7 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _DELAY = re.compile(r"\d{1,6}")
 
 _BROKEN = (httpcore.NetworkError, httpcore.ProtocolError)
-_SILENT = (httpcore.TimeoutException, TimeoutError)
+_SILENT = (httpcore.TimeoutException, httpcore.ConnectError, TimeoutError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +90,17 @@ class HttpStore:
     ) -> None:
         self._policy = policy
         self._limits = limits or HttpLimits()
+        self._proxy = proxy
         self._backend = _CheckedBackend(policy, resolver)
         self._slots = _HostSlots(self._limits.host_connections)
         self._lock = threading.Lock()
         self._targets: LRUCache[str, httpx.URL] = LRUCache(MAX_TARGETS)
-        self._proxied = proxy is not None
-        context = ssl.create_default_context()
-        context.load_verify_locations(certifi.where())
-        shared: dict[str, Any] = {
-            "ssl_context": context,
-            "max_connections": MAX_CONNECTIONS,
-            "max_keepalive_connections": MAX_IDLE_CONNECTIONS,
-            "keepalive_expiry": IDLE_S,
-        }
-        self._pool = (
-            httpcore.ConnectionPool(network_backend=self._backend, **shared)
-            if proxy is None
-            else httpcore.HTTPProxy(proxy, network_backend=_TimedBackend(), **shared)
-        )
+        self._opened: httpcore.ConnectionPool | None = None
 
     def close(self) -> None:
         """Close all connections."""
-        self._pool.close()
+        if self._opened is not None:
+            self._opened.close()
         self._backend.close()
 
     def fetch(self, url: str, start: int, stop: int, deadline: Deadline, *, ask_again: bool = False) -> Fetched:
@@ -120,37 +109,52 @@ class HttpStore:
         with self._lock:
             target = first if ask_again else self._targets.get(url, first)
         for attempt in range(ATTEMPTS):
+            problem: Exception
             try:
                 return self._fetch(url, target, start, stop, deadline)
             except _AnswerError as error:
-                if target != first and error.wait_s is None:
-                    target, wait_s = first, 0.0  # a redirect's target holds for a while only
-                elif error.wait_s is None:
-                    raise FetchError(str(error)) from error
-                else:
-                    problem: FetchError = FetchError(str(error))
-                    wait_s = error.wait_s or BACKOFF_S * 2**attempt
-                    if attempt + 1 == ATTEMPTS or wait_s >= _left_s(deadline):
-                        raise problem from error
+                problem, wait_s = error, error.wait_s
+                if wait_s is None and target != first:
+                    target = first  # a redirect's target holds for a while only
+                    continue
             except _SILENT as error:
                 raise SilentError(_reason(error)) from error
-            except httpcore.ConnectError as error:
-                raise SilentError(_reason(error)) from error
             except _BROKEN as error:
-                wait_s = BACKOFF_S * 2**attempt
-                if attempt + 1 == ATTEMPTS or wait_s >= _left_s(deadline):
-                    raise FetchError(_reason(error)) from error
+                problem, wait_s = error, 0
             except (PermissionError, SourceRefusedError, httpx.InvalidURL, UnicodeError) as error:
-                raise FetchError(_reason(error)) from error
+                problem, wait_s = error, None
+            if wait_s == 0:
+                wait_s = BACKOFF_S * 2**attempt
+            if wait_s is None or attempt + 1 == ATTEMPTS or not deadline.allows(wait_s):
+                raise FetchError(_reason(problem)) from problem
             time.sleep(wait_s)
-        raise FetchError("the server led in a circle")
+        raise FetchError("a redirect's target does not hold any more, and no attempt is left")
+
+    def _connections(self) -> httpcore.ConnectionPool:
+        """Return the pool of connections, opened when it is first needed: reading certificates takes its time."""
+        with self._lock:
+            if self._opened is None:
+                context = ssl.create_default_context()
+                context.load_verify_locations(certifi.where())
+                shared: dict[str, Any] = {
+                    "ssl_context": context,
+                    "max_connections": MAX_CONNECTIONS,
+                    "max_keepalive_connections": MAX_IDLE_CONNECTIONS,
+                    "keepalive_expiry": IDLE_S,
+                }
+                self._opened = (
+                    httpcore.ConnectionPool(network_backend=self._backend, **shared)
+                    if self._proxy is None
+                    else httpcore.HTTPProxy(self._proxy, network_backend=_TimedBackend(), **shared)
+                )
+            return self._opened
 
     def _fetch(self, url: str, target: httpx.URL, start: int, stop: int, deadline: Deadline) -> Fetched:
         """Make one attempt, over as many redirects as are allowed."""
         first = target
         for _ in range(MAX_REDIRECTS + 1):
             self._policy.check(target)
-            if self._proxied:
+            if self._proxy is not None:
                 self._backend.addresses(target.host, _port(target), deadline.within(self._limits.connect_s))
             with self._answer(target, start, stop, deadline) as response:
                 if response.status in _REDIRECTS:
@@ -185,7 +189,7 @@ class HttpStore:
         with (
             self._slots.one(f"{target.host}:{_port(target)}", deadline),
             _deadline_of_thread(deadline),
-            self._pool.stream("GET", place, headers=headers, extensions={"timeout": timeout}) as response,
+            self._connections().stream("GET", place, headers=headers, extensions={"timeout": timeout}) as response,
         ):
             yield response
 
@@ -262,15 +266,8 @@ def _port(target: httpx.URL) -> int:
     return target.port or (443 if target.scheme == "https" else 80)
 
 
-def _left_s(deadline: Deadline) -> float:
-    try:
-        return deadline.left_s()
-    except TimeoutError:
-        return 0.0
-
-
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__} {error}".strip()
+    return str(error) if isinstance(error, _AnswerError) else f"{type(error).__name__} {error}".strip()
 
 
 class _HostSlots:
@@ -366,8 +363,19 @@ class _TimedBackend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        timeout = _within(timeout, httpcore.ConnectTimeout)
-        return _TimedStream(self._inner.connect_tcp(host, port, timeout, local_address, socket_options))
+        limit = Deadline(_within(timeout, httpcore.ConnectTimeout) or 0.0)
+        problem: Exception = httpcore.ConnectError(f"{host} has no address")
+        for place in self.places(host, port, limit.left_s()):
+            try:
+                stream = self._inner.connect_tcp(place, port, limit.left_s(), local_address, socket_options)
+                return _TimedStream(stream)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                problem = error
+        raise problem
+
+    def places(self, host: str, port: int, timeout_s: float) -> list[str]:
+        """Return what to connect to for a host, one after the other until one answers."""
+        return [host]
 
 
 class _CheckedBackend(_TimedBackend):
@@ -382,22 +390,9 @@ class _CheckedBackend(_TimedBackend):
     def close(self) -> None:
         self._resolving.shutdown(cancel_futures=True)
 
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        limit = Deadline(_within(timeout, httpcore.ConnectTimeout) or 0.0)
-        problem: Exception = httpcore.ConnectError(f"{host} has no address")
-        for address in self.addresses(host, port, limit.left_s()):
-            try:
-                return super().connect_tcp(str(address), port, limit.left_s(), local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                problem = error
-        raise problem
+    def places(self, host: str, port: int, timeout_s: float) -> list[str]:
+        """Return the addresses of a host, all of which are allowed; raises as ``addresses`` does."""
+        return [str(address) for address in self.addresses(host, port, timeout_s)]
 
     def addresses(self, host: str, port: int, timeout_s: float) -> list[Address]:
         """Return the addresses of a host, all of which are allowed.

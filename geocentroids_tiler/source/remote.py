@@ -138,14 +138,8 @@ class Remote:
         store = next((store for prefix, store in self._buckets.items() if url.startswith(prefix)), self._web)
         with self._lock:
             silent = self._silent.get(url)
-        if silent is not None:
-            try:
-                silent.left_s()
-            except TimeoutError:
-                with self._lock:
-                    self._silent.pop(url, None)
-            else:
-                raise FetchError("it did not answer a moment ago")
+        if silent is not None and silent.allows(0):
+            raise FetchError("it did not answer a moment ago")
         try:
             return store.fetch(url, start, stop, deadline, ask_again=ask_again)
         except SilentError:
