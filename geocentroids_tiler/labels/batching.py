@@ -154,17 +154,24 @@ class BatchQueue:
             when_shorter: called when items have left the queue, taken or given back.
         """
         self._waiting = _Waiting()
-        self._wake = threading.Condition()
+        lock = threading.RLock()
+        self._wake = threading.Condition(lock)
+        # Spare workers sleep apart: with all of them in turn, each would keep memory of its own.
+        self._wake_spare = threading.Condition(lock)
         self._closed = False
         self._in_flight = in_flight
         self._may_take = may_take
         self._when_shorter = when_shorter
         self._at_once = threads
         self._busy = 0
+        self._paused = 0
         self._owner_batches = owner_batches
         self._owners: Counter[Hashable] = Counter()
-        names = [f"{name}-{i}" for i in range(threads + spare_threads)]
-        self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for name in names]
+        sleeps = [self._wake] * threads + [self._wake_spare] * spare_threads
+        self._threads = [
+            threading.Thread(target=self._run, args=(wake,), name=f"{name}-{i}", daemon=True)
+            for i, wake in enumerate(sleeps)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -186,7 +193,7 @@ class BatchQueue:
             if self._closed:
                 raise RuntimeError("the queue is closed")
             self._waiting.add(ticket)
-            self._wake.notify()
+            self._notify(1)
         return ticket
 
     def __len__(self) -> int:
@@ -214,21 +221,30 @@ class BatchQueue:
     def wake(self) -> None:
         """Make the workers ask again whether they may go on."""
         with self._wake:
-            self._wake.notify(self._at_once)
+            self._notify(self._at_once)
 
     def close(self) -> None:
         """Finish what is queued and end the workers."""
         with self._wake:
             self._closed = True
-            self._wake.notify_all()
+            self._notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _run(self) -> None:
+    def _notify(self, count: int) -> None:
+        """Wake workers; spare ones only where others wait for the network."""
+        self._wake.notify(count)
+        self._wake_spare.notify(min(count, self._paused))
+
+    def _notify_all(self) -> None:
+        self._wake.notify_all()
+        self._wake_spare.notify_all()
+
+    def _run(self, wake: threading.Condition) -> None:
         begun: deque[tuple[list[Ticket], Any]] = deque()
         with computing_in(self._pause, self._resume):
             while True:
-                batch = self._take(wait=not begun)
+                batch = self._take(wake, wait=not begun)
                 if batch:
                     self._when_shorter()
                     try:
@@ -244,12 +260,15 @@ class BatchQueue:
         """Let another worker go on while this one waits."""
         with self._wake:
             self._busy -= 1
+            self._paused += 1
             self._wake.notify()
+            self._wake_spare.notify()
 
     def _resume(self) -> None:
         """Go on, be it beside one worker too many for a while."""
         with self._wake:
             self._busy += 1
+            self._paused -= 1
 
     def _release(self, batch: list[Ticket]) -> None:
         owner = batch[0].lane.owner_of(batch[0].item)
@@ -285,7 +304,7 @@ class BatchQueue:
             self._waiting.remove(ticket)
         return batch
 
-    def _take(self, *, wait: bool) -> list[Ticket]:
+    def _take(self, wake: threading.Condition, *, wait: bool) -> list[Ticket]:
         """Return the next batch; none if the queue is closed and empty, or none may be taken and not ``wait``."""
         with self._wake:
             while True:
@@ -294,9 +313,9 @@ class BatchQueue:
                 if not wait:
                     return []
                 if self._closed and not self._waiting.count:
-                    self._wake.notify_all()  # those that wait for a place end too
+                    self._notify_all()  # those that wait for a place end too
                     return []
-                self._wake.wait()
+                wake.wait()
 
 
 def _begin(batch: list[Ticket]) -> list[tuple[list[Ticket], Any]]:
