@@ -89,6 +89,10 @@ class JobStateError(GeocentroidsError):
     """The job is in a state in which this cannot be done."""
 
 
+class ClusterError(GeocentroidsError):
+    """A Ray cluster cannot be reached, or its nodes do not agree."""
+
+
 class DownloadError(GeocentroidsError):
     """Something that had to be fetched could not be fetched or is not what was expected."""
 
@@ -113,6 +117,7 @@ HTTP_STATUS: dict[type[GeocentroidsError], int] = {
     StorageFullError: 507,
     JobNotFoundError: 404,
     JobStateError: 409,
+    ClusterError: 503,
     DownloadError: 502,
 }
 """Status of an error raised while a request is answered; a class not listed takes its nearest base's."""

@@ -19,7 +19,8 @@ SOURCES = ("geocentroids_tiler", "fit/geocentroids_fit", "benchmarks", "hatch_bu
 # ---- locks ----------------------------------------------------------------------------------------------------------
 
 LOCKS = ("cpu", "gpu", "build")
-NOT_IN_THE_IMAGE = {"openvino", "torch"}
+NOT_IN_THE_IMAGE = {"openvino", "ray", "torch"}
+"""``ray``: nodes of a cluster need the same Ray as its head, which is whatever runs there."""
 MACHINES = ("x86_64", "aarch64")
 
 
