@@ -18,10 +18,11 @@ from geocentroids_tiler import __version__
 from geocentroids_tiler.access import AccessMiddleware, is_protected
 from geocentroids_tiler.docs_page import add_docs
 from geocentroids_tiler.errors import GeocentroidsError
-from geocentroids_tiler.handlers import NoStoreRoute, find_codebook, run
+from geocentroids_tiler.handlers import NoStoreRoute
 from geocentroids_tiler.hot import HotTiles, HotTilesMiddleware
 from geocentroids_tiler.hub import list_codebooks
 from geocentroids_tiler.labels.service import Service
+from geocentroids_tiler.layers import find_codebook, run
 from geocentroids_tiler.limits import LimitsMiddleware
 from geocentroids_tiler.metrics import exposition
 from geocentroids_tiler.params import ReadParams, path_param
@@ -104,7 +105,14 @@ def create_app(settings: Settings | None = None, service: Service | None = None)
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST", "OPTIONS"],
         allow_headers=["*"],
-        expose_headers=["ETag", "X-Geocentroids-Empty", "Server-Timing", "X-Request-ID", "Retry-After"],
+        expose_headers=[
+            "ETag",
+            "X-Geocentroids-Empty",
+            "X-Geocentroids-Missing",
+            "Server-Timing",
+            "X-Request-ID",
+            "Retry-After",
+        ],
     )
     app.add_middleware(SecurityHeadersMiddleware, frame_ancestors=settings.frame_ancestors)
     app.add_middleware(RequestLogMiddleware, meters=service.meters)

@@ -21,9 +21,12 @@ from geocentroids_tiler.grid import (
     PatchRange,
     bounds_holding,
     outline,
+    project,
     raster_points,
 )
 
+Inside = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
+"""Tells which points, by x and y of one shape, lie in something."""
 _POLYGONS = ("Polygon", "MultiPolygon")
 _PLACE_TOLERANCE = 0.001
 """Patch centres are placed in the area's CRS to this share of a patch."""
@@ -49,15 +52,55 @@ class Area:
         """True if no patch has its centre in the area."""
         return not self.inside.any()
 
+    def only(self, inside: NDArray[np.bool_]) -> Area:
+        """Return the part of the area in which ``inside``, of its shape, is true."""
+        return _tight(self.patches, self.inside & inside)
 
-def area_of_bbox(bbox: Bounds, crs: CRS, grid: Grid, footprint: PatchRange) -> Area:
-    """Find the patches of a box; edges at the left and the bottom belong to it, the others do not.
+
+@dataclass(frozen=True)
+class Region:
+    """Ground that a user draws, whatever grid it is looked at on.
+
+    Attributes:
+        bounds: of a rectangle that holds it, in ``crs``.
+        crs: its coordinate system, x (longitude) first.
+        inside: tells which points, by x and y of one shape, lie in it.
+    """
+
+    bounds: Bounds
+    crs: CRS
+    inside: Inside
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Longitude and latitude of the middle of its bounds; infinite where it is no place on Earth."""
+        left, bottom, right, top = self.bounds
+        lon, lat = project(self.crs, WGS84, (left + right) / 2, (bottom + top) / 2)
+        return float(lon), float(lat)
+
+    def near(self, grid: Grid, footprint: PatchRange) -> PatchRange:
+        """Return a rectangle of patches that is sure to hold its part inside ``footprint``."""
+        return _candidates(self.bounds, self.crs, grid, footprint)
+
+    def on(self, grid: Grid, footprint: PatchRange) -> Area:
+        """Return the patches of ``footprint`` whose centre lies in it."""
+        patches = self.near(grid, footprint)
+        mask = np.zeros(patches.shape, bool)
+        for block in patches.chunks(_BLOCK_PATCHES):
+            whole = block.patches(_BLOCK_PATCHES)
+            part = whole.intersect(patches)
+            x, y = _centres(whole, grid, self.crs)
+            own = part.within(whole)
+            mask[part.within(patches)] = self.inside(x[own], y[own])
+        return _tight(patches, mask)
+
+
+def region_of_bbox(bbox: Bounds, crs: CRS) -> Region:
+    """Return a box as a region; edges at the left and the bottom belong to it, the others do not.
 
     Args:
         bbox: minx, miny, maxx, maxy in ``crs``.
         crs: CRS of the box, x (longitude) first.
-        grid: the ground grid.
-        footprint: patches of the image.
 
     Raises:
         InputError: if the box is not finite, empty or turned around.
@@ -72,16 +115,14 @@ def area_of_bbox(bbox: Bounds, crs: CRS, grid: Grid, footprint: PatchRange) -> A
     def inside(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
         return np.asarray((x >= minx) & (x < maxx) & (y >= miny) & (y < maxy))
 
-    return _select(bbox, crs, grid, footprint, inside)
+    return Region(bbox, crs, inside)
 
 
-def area_of_geometry(geometry: Mapping[str, Any], grid: Grid, footprint: PatchRange) -> Area:
-    """Find the patches of a GeoJSON polygon.
+def region_of_geometry(geometry: Mapping[str, Any]) -> Region:
+    """Return a GeoJSON polygon as a region.
 
     Args:
         geometry: a Polygon or MultiPolygon in longitude and latitude.
-        grid: the ground grid.
-        footprint: patches of the image.
 
     Raises:
         InputError: if it is another kind of geometry or not a valid polygon.
@@ -102,24 +143,28 @@ def area_of_geometry(geometry: Mapping[str, Any], grid: Grid, footprint: PatchRa
     def inside(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
         return np.asarray(shapely.contains_xy(polygon, x, y))
 
-    return _select(polygon.bounds, WGS84, grid, footprint, inside)
+    return Region(polygon.bounds, WGS84, inside)
 
 
-def _select(
-    bounds: Bounds,
-    crs: CRS,
-    grid: Grid,
-    footprint: PatchRange,
-    inside: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]],
-) -> Area:
-    patches = _candidates(bounds, crs, grid, footprint)
-    mask = np.zeros(patches.shape, bool)
+def patches_of_zone(patches: PatchRange, grid: Grid, in_zone: Inside) -> NDArray[np.bool_]:
+    """Tell which patches have their centre in a part of the world, of shape ``patches.shape``.
+
+    Args:
+        patches: which ones.
+        grid: whose patches.
+        in_zone: tells it of longitudes and latitudes.
+    """
+    found = np.zeros(patches.shape, bool)
     for block in patches.chunks(_BLOCK_PATCHES):
         whole = block.patches(_BLOCK_PATCHES)
         part = whole.intersect(patches)
-        x, y = _centres(whole, grid, crs)
         own = part.within(whole)
-        mask[part.within(patches)] = inside(x[own], y[own])
+        lon, lat = _centres(whole, grid, WGS84)
+        found[part.within(patches)] = in_zone(lon[own], lat[own])
+    return found
+
+
+def _tight(patches: PatchRange, mask: NDArray[np.bool_]) -> Area:
     rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return Area(PatchRange(0, 0, 0, 0), np.zeros((0, 0), bool))

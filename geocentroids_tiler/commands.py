@@ -203,14 +203,14 @@ def info(src: str, codebook: str | None, bidx: str | None, rescale: str | None, 
     import morecantile
 
     from geocentroids_tiler.handlers import zooms_of
-    from geocentroids_tiler.labels.reading import DatasetLabels
     from geocentroids_tiler.responses import image_info
 
     service, dataset, engine = _open(src, codebook, bidx, rescale)
     try:
         tms = morecantile.tms.get("WebMercatorQuad")
         kept = None if service.kept is None else service.kept.find(dataset, engine.codebook)
-        zooms = zooms_of(service, DatasetLabels(dataset, engine, kept), tms)
+        seconds = engine.seconds_per_chunk if kept is None else 0.0
+        zooms = zooms_of(service, dataset, engine.codebook, seconds, tms)
         found = image_info(dataset, engine, zooms, kept).model_dump(mode="json")
     finally:
         service.close()

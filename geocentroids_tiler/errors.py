@@ -29,6 +29,10 @@ class UnsupportedImageError(GeocentroidsError):
     """The image was read, but it is not one that the codebook can classify."""
 
 
+class MosaicError(GeocentroidsError):
+    """A document was read, but it does not name images in a way that can be used."""
+
+
 class CodebookError(GeocentroidsError):
     """A codebook is missing a part, or a part of it is wrong."""
 
@@ -104,6 +108,7 @@ HTTP_STATUS: dict[type[GeocentroidsError], int] = {
     SourceUnavailableError: 404,
     SourceChangedError: 409,
     UnsupportedImageError: 422,
+    MosaicError: 422,
     CodebookError: 500,
     CodebookNotFoundError: 404,
     EncoderError: 503,

@@ -165,15 +165,33 @@ def ground_grid(crs: CRS, transform: AffineCoefficients, width_px: int, height_p
     """
     crs = horizontal(crs)
     lon, lat = image_centre(crs, transform, width_px, height_px)
-    if _is_metric_grid(crs):
-        scale = _scale_at(crs, lon, lat)
-        if scale is not None and all(abs(factor - 1) <= SCALE_TOLERANCE for factor in scale):
+    if is_metric_grid(crs):
+        scale = _true_scale_at(crs, lon, lat)
+        if scale is not None:
             return Grid(crs, patch_m, areal_scale=scale[0] * scale[1])
     utm = utm_crs(lon, lat)
     scale = _scale_at(utm, lon, lat)
     if scale is None:
         raise UnsupportedImageError(f"the image's centre ({lon:.6f}, {lat:.6f}) cannot be projected to {utm.name}")
     return Grid(utm, patch_m, areal_scale=scale[0] * scale[1])
+
+
+def grid_in(crs: CRS, lon: float, lat: float, patch_m: float) -> Grid:
+    """Return the grid of a coordinate system, whatever the one of an image is.
+
+    Args:
+        crs: one that ``is_metric_grid``.
+        lon: longitude of the place where it is used.
+        lat: its latitude.
+        patch_m: side of a patch in metres.
+
+    Raises:
+        UnsupportedImageError: if the place cannot be projected to it, or it is not true to scale there.
+    """
+    scale = _true_scale_at(crs, lon, lat)
+    if scale is None:
+        raise UnsupportedImageError(f"{crs.name} is not true to scale at {lon:.6f}, {lat:.6f}")
+    return Grid(crs, patch_m, areal_scale=scale[0] * scale[1])
 
 
 def image_centre(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: int) -> tuple[float, float]:
@@ -203,13 +221,25 @@ def utm_crs(lon: float, lat: float) -> CRS:
             f"latitude {lat:.4f} is beyond UTM (80 S to 84 N); supply the image in a projected CRS in metres "
             "that is true to scale there"
         )
-    lon = wrap_longitude(lon)
-    zone = int((lon + 180) // 6) + 1
-    if 56 <= lat < 64 and 3 <= lon < 12:
-        zone = 32
-    elif lat >= 72 and 0 <= lon < 42:
-        zone = 31 + 2 * int((lon + 3) // 12)
-    return CRS.from_epsg((32600 if lat >= 0 else 32700) + zone)
+    return CRS.from_epsg(int(utm_codes(wrap_longitude(lon), lat)))
+
+
+def utm_codes(lon: ArrayLike, lat: ArrayLike) -> NDArray[np.int64]:
+    """Return the EPSG codes of the UTM zones of places, 0 beyond 84 degrees north and 80 degrees south.
+
+    Args:
+        lon: longitudes, any shape.
+        lat: latitudes, of the same shape.
+    """
+    lat = np.asarray(lat, np.float64)
+    lon = (np.asarray(lon, np.float64) + 180) % 360 - 180
+    zone = ((lon + 180) // 6).astype(np.int64) % 60 + 1
+    zone = np.where((lat >= 56) & (lat < 64) & (lon >= 3) & (lon < 12), 32, zone)  # Norway
+    zone = np.where(
+        (lat >= 72) & (lon >= 0) & (lon < 42), 31 + 2 * ((lon + 3) // 12).astype(np.int64), zone
+    )  # Svalbard
+    codes: NDArray[np.int64] = np.where(lat >= 0, 32600, 32700) + zone
+    return np.where((lat >= -80) & (lat <= 84), codes, 0)
 
 
 def ground_gsd(crs: CRS, transform: AffineCoefficients, width_px: int, height_px: int, grid: Grid) -> float:
@@ -434,7 +464,7 @@ def horizontal(crs: CRS) -> CRS:
     return crs.sub_crs_list[0] if crs.is_compound else crs
 
 
-def _is_metric_grid(crs: CRS) -> bool:
+def is_metric_grid(crs: CRS) -> bool:
     """True for a projected CRS with axes east and north in metres, other than Web Mercator.
 
     Web Mercator is true to scale at the equator only, and its images there should share patches with their
@@ -446,6 +476,12 @@ def _is_metric_grid(crs: CRS) -> bool:
     return {axis.direction for axis in axes} in ({"east", "north"}, {"north"}, {"south"}) and all(
         axis.unit_conversion_factor == 1 for axis in axes
     )
+
+
+def _true_scale_at(crs: CRS, lon: float, lat: float) -> tuple[float, float] | None:
+    """Return the scale at a place as ``_scale_at`` does, or None where it is not near enough to 1."""
+    scale = _scale_at(crs, lon, lat)
+    return scale if scale is not None and all(abs(factor - 1) <= SCALE_TOLERANCE for factor in scale) else None
 
 
 def _scale_at(crs: CRS, lon: float, lat: float) -> tuple[float, float] | None:

@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Executor
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -19,21 +18,19 @@ from fastapi.routing import APIRoute
 from morecantile import TileMatrixSet
 from starlette.requests import Request
 
-from geocentroids_tiler.area import Area, area_of_geometry
+from geocentroids_tiler.area import Region, region_of_geometry
 from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
 from geocentroids_tiler.errors import BusyError, GeocentroidsError, InputError, http_headers, http_status, short
 from geocentroids_tiler.geojson_size import check_geojson_size
-from geocentroids_tiler.labels.engine import LabelEngine
+from geocentroids_tiler.grounds import Budget, Opened, ground_of_export, grounds_of_statistics
 from geocentroids_tiler.labels.export import label_geotiff
-from geocentroids_tiler.labels.futures import follow
-from geocentroids_tiler.labels.reading import DatasetLabels
 from geocentroids_tiler.labels.service import Service
-from geocentroids_tiler.params import ReadParams, StyleParams
+from geocentroids_tiler.layers import Layer, find_classes, run
+from geocentroids_tiler.params import StyleParams
 from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat, encode_indexed, palette_index, transparent_tile
-from geocentroids_tiler.responses import ExemplarLink, area_statistics, exemplar_info, with_statistics
+from geocentroids_tiler.responses import ClassTally, ExemplarLink, exemplar_info, with_statistics
 from geocentroids_tiler.settings import Settings
-from geocentroids_tiler.source import Dataset
-from geocentroids_tiler.tiles import zoom_range
+from geocentroids_tiler.tiles import Extent, zoom_range
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,9 +40,11 @@ ExemplarFormat = Literal["webp", "json"]
 CLIENT_GONE = 499
 """Status in the access log of a request whose client went away; nobody receives it."""
 REASON_HEADER = "X-Geocentroids-Empty"
-"""Says why a tile is transparent: ``outside`` the image, or ``below-minzoom N``."""
+"""Says why a tile is transparent: ``outside`` the image, ``below-minzoom N`` or ``too-many-images N``."""
 EMPTY_CACHE_CONTROL = "public, max-age=60"
-"""A tile below minzoom may hold data soon, on a faster device or after a restart."""
+"""A tile below minzoom may hold data soon, on a faster device or after a restart; one that lacks an image, too."""
+MISSING_HEADER = "X-Geocentroids-Missing"
+"""How many images of a mosaic an answer lacks because they cannot be read."""
 
 
 class NoStoreRoute(APIRoute):
@@ -70,51 +69,6 @@ class NoStoreRoute(APIRoute):
             return response
 
         return handle
-
-
-async def run(pool: Executor, function: Callable[..., T], *args: Any) -> T:
-    """Run a function in a pool of threads."""
-    return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
-
-
-async def find_codebook(service: Service, read: ReadParams) -> Codebook:
-    """Return the codebook of a request, reading it from disk once."""
-    known = service.known_codebook(read.codebook)
-    return known if known is not None else await run(service.working, service.codebook, read.codebook)
-
-
-async def find_classes(service: Service, codebook: Codebook, n: int | None) -> Classes:
-    """Return the classes of a codebook, cutting its tree once for each ``n``."""
-    known = service.known_classes(codebook, n)
-    return known if known is not None else await run(service.working, service.classes, codebook, n)
-
-
-async def find_dataset(service: Service, url: str, read: ReadParams, codebook: Codebook) -> Dataset:
-    """Return the dataset of a request."""
-    known = service.known_dataset(url, read.options, codebook)
-    if known is None:  # in a thread: a local file's folder may be far away
-        known = await asyncio.wrap_future(await run(service.working, service.dataset, url, read.options, codebook))
-    return known
-
-
-async def find_engine(service: Service, codebook: Codebook) -> LabelEngine:
-    """Return the engine of a codebook, waiting for its encoder to load."""
-    loading = service.engine(codebook)
-    return loading.result() if loading.done() else await asyncio.wrap_future(follow(loading))
-
-
-async def find_labels(service: Service, dataset: Dataset, codebook: Codebook) -> DatasetLabels:
-    """Return where the labels of a dataset come from."""
-    engine = await find_engine(service, codebook)
-    kept = None if service.kept is None else await run(service.working, service.kept.find, dataset, codebook)
-    return DatasetLabels(dataset, engine, kept)
-
-
-async def open_all(service: Service, url: str, read: ReadParams) -> tuple[Codebook, DatasetLabels]:
-    """Return the codebook of a request, and its dataset with the labels."""
-    codebook = await find_codebook(service, read)
-    dataset = await find_dataset(service, url, read, codebook)
-    return codebook, await find_labels(service, dataset, codebook)
 
 
 async def while_connected(service: Service, request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -143,9 +97,13 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def zooms_of(service: Service, labels: DatasetLabels, tms: TileMatrixSet) -> tuple[int, int]:
-    """Return minzoom and maxzoom of a dataset on this server: all from the first if its labels are kept."""
-    return zoom_range(tms, labels.dataset, labels.seconds_per_chunk, service.settings.tile_budget_s)
+def zooms_of(
+    service: Service, layer: Layer, codebook: Codebook, seconds_per_chunk: float, tms: TileMatrixSet
+) -> tuple[int, int]:
+    """Return minzoom and maxzoom of a layer on this server: all from the first if its labels are kept."""
+    extent = Extent.of(layer, codebook.manifest.preprocess)
+    settings = service.settings
+    return zoom_range(tms, extent, seconds_per_chunk, settings.tile_budget_s, settings.mosaic_opened)
 
 
 def read_geojson(body: bytes, settings: Settings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -200,8 +158,8 @@ def empty_tile(size_px: int, image_format: ImageFormat, reason: str) -> Response
     return Response(transparent_tile(size_px, image_format), media_type=MEDIA_TYPE[image_format], headers=headers)
 
 
-def area_of_feature(feature: Mapping[str, Any], dataset: Dataset) -> Area:
-    """Find the patches of a GeoJSON feature.
+def region_of_feature(feature: Mapping[str, Any]) -> Region:
+    """Return the region of a GeoJSON feature.
 
     Raises:
         InputError: if it has no geometry, or one that is not a polygon.
@@ -209,70 +167,66 @@ def area_of_feature(feature: Mapping[str, Any], dataset: Dataset) -> Area:
     geometry = feature.get("geometry")
     if not isinstance(geometry, dict):
         raise InputError(f"the geometry is {_short(geometry)}; a Polygon or MultiPolygon is needed")
-    return area_of_geometry(geometry, dataset.grid, dataset.footprint)
+    return region_of_geometry(geometry)
 
 
 async def export(
-    service: Service, labels: DatasetLabels, area: Area, look: StyleParams, raster_format: RasterFormat
+    service: Service, found: Opened, region: Region, look: StyleParams, raster_format: RasterFormat
 ) -> Response:
-    """Return the labels of an area as a file, one pixel per patch.
+    """Return the labels of a region as a file, one pixel per patch.
 
     Raises:
-        InputError: if the area holds no patch of the image, or too many.
+        InputError: if the region holds no patch of the layer, or too many.
     """
-    if area.empty:
-        raise InputError("the area holds no patch of the image; see bounds in /info")
-    codebook = labels.engine.codebook
+    codebook = found.codebook
     style = look.style(codebook)
     classes = await find_classes(service, codebook, look.classes)
-    _check_cost(service, _chunks_of(labels, area))
-    timeout_s = service.settings.export_timeout_s
-    block = await labels.every_patch(area.patches, service.exporting, timeout_s=timeout_s, over=service.closing.is_set)
+    budget = Budget(service)
+    ground = await ground_of_export(service, found, region, budget)
+    if ground is None or ground.area.empty:
+        raise InputError("the area holds no patch of the image; see bounds in /info")
+    area, timeout_s = ground.area, service.settings.export_timeout_s
+    block, missing = await ground.labels(service, timeout_s)
 
     def written() -> Response:
         inside = np.where(area.inside, block.labels, np.uint16(NODATA_LABEL))
+        lacking = {MISSING_HEADER: str(len(missing))} if missing else {}
         if raster_format == "tif":
-            content = label_geotiff(classes.of_labels(inside), area.patches, labels.dataset.grid, codebook, classes)
+            content = label_geotiff(classes.of_labels(inside), area.patches, ground.grid, codebook, classes)
             return Response(
                 content,
                 media_type="image/tiff; application=geotiff",
-                headers={"Content-Disposition": 'attachment; filename="classes.tif"'},
+                headers={"Content-Disposition": 'attachment; filename="classes.tif"', **lacking},
             )
         index, palette = palette_index(inside, block.similarity, classes, style, codebook.similarity_range())
-        return Response(encode_indexed(index, palette, "png"), media_type=MEDIA_TYPE["png"])
+        return Response(encode_indexed(index, palette, "png"), media_type=MEDIA_TYPE["png"], headers=lacking)
 
     return await run(service.exporting, written)
 
 
 async def statistics_of(
-    service: Service, labels: DatasetLabels, features: Sequence[dict[str, Any]], classes: Classes
-) -> list[dict[str, Any]]:
-    """Return features with the area of every class inside each.
+    service: Service, found: Opened, features: Sequence[dict[str, Any]], classes: Classes
+) -> tuple[list[dict[str, Any]], Sequence[str]]:
+    """Return features with the area of every class inside each, and the images that this lacks.
 
     Raises:
         InputError: if one is not a polygon, or all together hold too many patches.
     """
     deadline_s = time.monotonic() + service.settings.export_timeout_s
-    areas = await run(service.exporting, _areas_of, service, labels, features)
-    patch_area_m2 = labels.dataset.grid.patch_area_m2
-    answered = []
-    for feature, area in zip(features, areas, strict=True):
-        left_s = max(0.0, deadline_s - time.monotonic())
-        block = await labels.every_patch(area.patches, service.exporting, timeout_s=left_s, over=service.closing.is_set)
-        statistics = await run(service.exporting, area_statistics, block, area, classes, patch_area_m2)
-        answered.append(with_statistics(feature, statistics))
-    return answered
-
-
-def _areas_of(service: Service, labels: DatasetLabels, features: Sequence[dict[str, Any]]) -> list[Area]:
-    """Find the patches of features, as long as they are not too many together."""
-    areas: list[Area] = []
-    chunks = 0
-    for feature in features:
-        areas.append(area_of_feature(feature, labels.dataset))
-        chunks += _chunks_of(labels, areas[-1])
-        _check_cost(service, chunks)  # as they come: each takes memory
-    return areas
+    budget = Budget(service)
+    regions = await run(service.exporting, lambda: [region_of_feature(feature) for feature in features])
+    grounds = [await grounds_of_statistics(service, found, region, budget) for region in regions]
+    answered: list[dict[str, Any]] = []
+    lacking: set[str] = set()
+    for feature, parts in zip(features, grounds, strict=True):
+        tally = ClassTally(classes)
+        for ground in parts:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            block, missing = await ground.labels(service, left_s)
+            lacking.update(missing)
+            await run(service.exporting, tally.add, block, ground.area, ground.grid.patch_area_m2)
+        answered.append(with_statistics(feature, tally.statistics()))
+    return answered, sorted(lacking)
 
 
 def exemplar(
@@ -287,20 +241,6 @@ def exemplar(
     if info is None or codebook.exemplars is None:
         return None
     return info.model_dump_json().encode() if exemplar_format == "json" else codebook.exemplars.read(info.centroid)
-
-
-def _chunks_of(labels: DatasetLabels, area: Area) -> int:
-    rows, cols = area.patches.chunk_range(labels.engine.layout.stride_patches).shape
-    return rows * cols
-
-
-def _check_cost(service: Service, chunks: int) -> None:
-    """Raise InputError if a request needs more chunks than one may have computed."""
-    if chunks > service.settings.max_chunks:
-        raise InputError(
-            f"the area needs {chunks} chunks; this server computes at most {service.settings.max_chunks} in one "
-            "request. Split it, or use geocentroids classify"
-        )
 
 
 def _parse_json(body: bytes) -> Any:

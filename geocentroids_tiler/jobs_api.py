@@ -12,10 +12,10 @@ from starlette.requests import Request
 from titiler.core.factory import FactoryExtension, TilerFactory
 
 from geocentroids_tiler.errors import InputError
-from geocentroids_tiler.handlers import find_codebook, find_dataset, run
 from geocentroids_tiler.labels.job_files import JobRecord, JobState
 from geocentroids_tiler.labels.jobs import Jobs
 from geocentroids_tiler.labels.service import Service
+from geocentroids_tiler.layers import find_codebook, find_image, run
 from geocentroids_tiler.params import ReadParams, read_params
 
 
@@ -123,7 +123,7 @@ class JobRoutes(FactoryExtension):
             """Have a whole dataset labelled in the background, once; its tiles then need no computing."""
             jobs = _jobs(service)
             codebook = await find_codebook(service, read)
-            dataset = await find_dataset(service, url, read, codebook)
+            dataset = await find_image(service, url, read, codebook)
             job, new = await run(service.working, jobs.submit, dataset, codebook, read.codebook)
             href = address(request, job.id)
             response.status_code = 202 if new else 200

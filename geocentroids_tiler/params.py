@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Query
+from fastapi import Depends, Query
 from titiler.core.dependencies import DefaultDependency
 
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import InputError
+from geocentroids_tiler.mosaic import Overlap
 from geocentroids_tiler.render import Layer, Style
 from geocentroids_tiler.source import ReadOptions
 
@@ -22,7 +23,8 @@ Url = Annotated[
     str,
     Query(
         max_length=4096,
-        description="Absolute http(s) URL of a Cloud Optimized GeoTIFF, or a path below the server's root folder.",
+        description="Absolute http(s) URL of a Cloud Optimized GeoTIFF, or a path below the server's root folder; or "
+        "of a document that names many: MosaicJSON, STAC item, item collection or search, or a list.",
     ),
 ]
 TileSize = Annotated[int, Query(ge=16, le=MAX_TILE_PX, description="Pixels a side of a tile.")]
@@ -61,6 +63,27 @@ async def read_params(
 ) -> ReadParams:
     """Parse codebook, bidx and rescale."""
     return ReadParams(codebook, parse_bidx(bidx), parse_rescale(rescale))
+
+
+@dataclass
+class LayerParams(ReadParams):
+    """How images are read, and which image of a mosaic is shown where they overlap."""
+
+    overlap: Overlap = "first"
+
+
+async def layer_params(
+    read: Annotated[ReadParams, Depends(read_params)],
+    overlap: Annotated[
+        Overlap,
+        Query(
+            description="Of a mosaic, where images overlap: the one that is named first, the newest, or the one whose "
+            "patch fits its class best (similarity)."
+        ),
+    ] = "first",
+) -> LayerParams:
+    """Parse codebook, bidx, rescale and overlap."""
+    return LayerParams(read.codebook, read.bidx, read.rescale, overlap)
 
 
 @dataclass(frozen=True, slots=True)

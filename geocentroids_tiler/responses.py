@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ from geocentroids_tiler.colors import hex_color
 from geocentroids_tiler.exemplars import ExemplarImage
 from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
 from geocentroids_tiler.labels.kept import KeptDataset
+from geocentroids_tiler.mosaic import Mosaic, Overlap, Problem
 from geocentroids_tiler.source import Dataset
+from geocentroids_tiler.tiles import Extent
 
 ExemplarLink = Callable[[int], str]
 """From a class to the address of its exemplar."""
@@ -53,7 +55,10 @@ class Neighbour(BaseModel):
 
 
 class PointInfo(BaseModel):
-    """What is known of the patch at a place. All but the coordinates is null where there is no data."""
+    """What is known of the patch at a place. All but the coordinates is null where there is no data.
+
+    ``image`` is the image of a mosaic that the label is from.
+    """
 
     coordinates: tuple[float, float]
     label: int | None
@@ -62,6 +67,7 @@ class PointInfo(BaseModel):
     name: str | None
     similarity: float | None
     exemplar: str | None = None
+    image: str | None = None
     neighbours: list[Neighbour]
 
 
@@ -148,6 +154,7 @@ class ImageInfo(BaseModel):
     ``labels`` tells whether they are kept on disk, and since when, or computed when they are asked for.
     """
 
+    kind: Literal["image"] = "image"
     url: str
     bounds: tuple[float, float, float, float]
     minzoom: int
@@ -164,6 +171,45 @@ class ImageInfo(BaseModel):
     seconds: float
     labels: Literal["kept", "computed"]
     labels_made_at: datetime | None
+    warnings: list[str]
+
+
+class MosaicGrid(BaseModel):
+    """A ground grid of a mosaic, and how many of its images touch it."""
+
+    crs: str
+    patch_m: float
+    images: int
+
+
+class MosaicProblem(BaseModel):
+    """An image of a mosaic that is left out, and why."""
+
+    url: str
+    reason: str
+
+
+class MosaicInfo(BaseModel):
+    """A mosaic as a codebook sees it, and what labelling all of it would cost.
+
+    ``overlap`` says whose label a patch gets that several images show. ``problems`` are the images that cannot be used:
+    of a large mosaic those that were met so far.
+    """
+
+    kind: Literal["mosaic"] = "mosaic"
+    url: str
+    bounds: tuple[float, float, float, float]
+    minzoom: int
+    maxzoom: int
+    images: int
+    overlap: Overlap
+    grids: list[MosaicGrid]
+    codebook: CodebookInfo
+    device: DeviceState
+    chunks: int
+    seconds_per_chunk: float
+    seconds: float
+    problems: list[MosaicProblem]
     warnings: list[str]
 
 
@@ -202,7 +248,7 @@ def image_info(
         zooms: its minzoom and maxzoom.
         kept: its labels, if they are kept.
     """
-    footprint, device = dataset.footprint, engine.encoder.info
+    footprint = dataset.footprint
     authority = dataset.grid.crs.to_authority()
     return ImageInfo(
         url=dataset.source.url,
@@ -220,15 +266,57 @@ def image_info(
             cols=(footprint.col_start, footprint.col_stop),
         ),
         codebook=codebook_info(engine.codebook),
-        device=DeviceState(
-            backend=device.backend, provider=device.provider, device=device.device, precision=device.precision
-        ),
+        device=_device_state(engine),
         chunks=dataset.chunk_count,
         seconds_per_chunk=engine.seconds_per_chunk,
         seconds=dataset.chunk_count * engine.seconds_per_chunk,
         labels="computed" if kept is None else "kept",
         labels_made_at=None if kept is None else kept.record.made_at,
         warnings=list(dataset.warnings),
+    )
+
+
+def mosaic_info(
+    mosaic: Mosaic,
+    engine: LabelEngine,
+    extent: Extent,
+    zooms: tuple[int, int],
+    overlap: Overlap,
+    problems: Sequence[Problem],
+) -> MosaicInfo:
+    """Describe a mosaic and the cost of labelling it.
+
+    Args:
+        mosaic: the mosaic.
+        engine: what labels it.
+        extent: how much ground it has.
+        zooms: its minzoom and maxzoom.
+        overlap: whose label a patch gets.
+        problems: images that cannot be used.
+    """
+    some = f"{len(problems)} of its {len(mosaic.members) + len(mosaic.problems)} images cannot be used: see problems"
+    return MosaicInfo(
+        url=mosaic.url,
+        bounds=mosaic.geographic_bounds,
+        minzoom=zooms[0],
+        maxzoom=zooms[1],
+        images=len(mosaic.members) + len(mosaic.problems),
+        overlap=overlap,
+        grids=[MosaicGrid(crs=zone.code, patch_m=zone.grid.patch_m, images=len(zone.members)) for zone in mosaic.zones],
+        codebook=codebook_info(engine.codebook),
+        device=_device_state(engine),
+        chunks=extent.chunks,
+        seconds_per_chunk=engine.seconds_per_chunk,
+        seconds=extent.chunks * engine.seconds_per_chunk,
+        problems=[MosaicProblem(url=problem.url, reason=problem.reason) for problem in problems],
+        warnings=[some] if problems else [],
+    )
+
+
+def _device_state(engine: LabelEngine) -> DeviceState:
+    device = engine.encoder.info
+    return DeviceState(
+        backend=device.backend, provider=device.provider, device=device.device, precision=device.precision
     )
 
 
@@ -335,33 +423,50 @@ def _neighbours(codebook: Codebook, classes: Classes, centroid: int, link: Exemp
     return found
 
 
-def area_statistics(block: LabelBlock, area: Area, classes: Classes, patch_area_m2: float) -> AreaStatistics:
-    """Sum up the area of each class.
+class ClassTally:
+    """Sums up the area of each class, over the patches of one grid after the other.
 
     Args:
-        block: labels of ``area.patches``.
-        area: which of them count.
         classes: classes of the labels.
-        patch_area_m2: area of a patch on the ground.
     """
-    ids: NDArray[np.uint16] = classes.of_labels(block.labels[area.inside])
-    counts = np.bincount(ids[ids != NODATA_LABEL], minlength=len(classes))
-    labelled = int(counts.sum())
-    present = sorted(np.flatnonzero(counts).tolist(), key=lambda i: (-counts[i], i))
-    return AreaStatistics(
-        area_m2=int(area.inside.sum()) * patch_area_m2,
-        labelled_m2=labelled * patch_area_m2,
-        classes=[
-            ClassArea(
-                label=i,
-                color=hex_color(classes.colors[i]),
-                name=classes.names[i],
-                area_m2=float(counts[i]) * patch_area_m2,
-                share=float(counts[i]) / labelled,
-            )
-            for i in present
-        ],
-    )
+
+    def __init__(self, classes: Classes) -> None:
+        self._classes = classes
+        self._area_m2 = self._labelled_m2 = 0.0
+        self._of_class_m2 = np.zeros(len(classes))
+
+    def add(self, block: LabelBlock, area: Area, patch_area_m2: float) -> None:
+        """Add the patches of an area.
+
+        Args:
+            block: labels of ``area.patches``.
+            area: which of them count.
+            patch_area_m2: area of a patch on the ground.
+        """
+        ids: NDArray[np.uint16] = self._classes.of_labels(block.labels[area.inside])
+        counts = np.bincount(ids[ids != NODATA_LABEL], minlength=len(self._classes))
+        self._area_m2 += int(area.inside.sum()) * patch_area_m2
+        self._labelled_m2 += int(counts.sum()) * patch_area_m2
+        self._of_class_m2 += counts * patch_area_m2
+
+    def statistics(self) -> AreaStatistics:
+        """Return what was added up, the largest class first."""
+        areas_m2 = self._of_class_m2
+        present = sorted(np.flatnonzero(areas_m2).tolist(), key=lambda i: (-areas_m2[i], i))
+        return AreaStatistics(
+            area_m2=self._area_m2,
+            labelled_m2=self._labelled_m2,
+            classes=[
+                ClassArea(
+                    label=i,
+                    color=hex_color(self._classes.colors[i]),
+                    name=self._classes.names[i],
+                    area_m2=float(areas_m2[i]),
+                    share=float(areas_m2[i]) / self._labelled_m2,
+                )
+                for i in present
+            ],
+        )
 
 
 def with_statistics(feature: dict[str, Any], statistics: AreaStatistics) -> dict[str, Any]:

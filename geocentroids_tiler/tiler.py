@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from urllib.parse import urlencode
 
 import attrs
-import numpy as np
 from fastapi import APIRouter, Depends, HTTPException, Path, Query
 from fastapi.responses import HTMLResponse, Response
 from morecantile import Tile, TileMatrixSet
@@ -22,24 +21,22 @@ from titiler.extensions.wmts import DEFAULT_TEMPLATES as WMTS_TEMPLATES
 
 from geocentroids_tiler import viewer
 from geocentroids_tiler.access import SIGNATURE_PARAMETERS
-from geocentroids_tiler.area import area_of_bbox
+from geocentroids_tiler.area import region_of_bbox
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
+from geocentroids_tiler.descriptions import describe, label_at
 from geocentroids_tiler.errors import InputError
-from geocentroids_tiler.grid import WGS84, PatchRange, parse_crs, project
+from geocentroids_tiler.grid import parse_crs
+from geocentroids_tiler.grounds import open_layer
 from geocentroids_tiler.handlers import (
+    MISSING_HEADER,
     ExemplarFormat,
     NoStoreRoute,
     RasterFormat,
-    area_of_feature,
     exemplar,
     export,
-    find_classes,
-    find_codebook,
-    find_dataset,
-    open_all,
     read_feature,
     read_geojson,
-    run,
+    region_of_feature,
     statistics_of,
     while_connected,
     zooms_of,
@@ -47,11 +44,14 @@ from geocentroids_tiler.handlers import (
 from geocentroids_tiler.hot import HotTiles
 from geocentroids_tiler.jobs_api import JobRoutes
 from geocentroids_tiler.labels.service import Service
+from geocentroids_tiler.layers import find_classes, find_codebook, find_layer, run
 from geocentroids_tiler.params import (
+    LayerParams,
     ReadParams,
     StyleParams,
     TileSize,
     classes_param,
+    layer_params,
     path_param,
     read_params,
     style_params,
@@ -62,14 +62,14 @@ from geocentroids_tiler.responses import (
     ExemplarLink,
     ImageInfo,
     Legend,
+    MosaicInfo,
     PointInfo,
-    image_info,
     legend,
     point_info,
 )
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.tile_answers import ServerTiming, TileAnswers, TileRequest
-from geocentroids_tiler.tiles import check_zoom
+from geocentroids_tiler.tiles import Extent, check_zoom
 from geocentroids_tiler.wmts import capabilities
 
 PREFIX = "/geocentroids"
@@ -222,7 +222,7 @@ class ClassTilerFactory(TilerFactory):
             format: ImageFormat = "png",
             tilesize: TileSize = 256,
             url: str = Depends(self.path_dependency),
-            read: ReadParams = Depends(read_params),
+            read: LayerParams = Depends(layer_params),
             look: StyleParams = Depends(style_params),
         ) -> Response:
             """Return a tile in which every patch of ground has the colour of its class."""
@@ -232,8 +232,10 @@ class ClassTilerFactory(TilerFactory):
             codebook = await find_codebook(service, read)
             style = look.style(codebook)
             classes = await find_classes(service, codebook, look.classes)
-            dataset = await find_dataset(service, url, read, codebook)
-            wanted = TileRequest(tms, Tile(x, y, z), tilesize, format, dataset, codebook, classes, look.classes, style)
+            layer = await find_layer(service, url, read, codebook)
+            wanted = TileRequest(
+                tms, Tile(x, y, z), tilesize, format, layer, read, codebook, classes, look.classes, style
+            )
             return await self.tiles.answer(request, wanted, timing)
 
     def tilejson(self) -> None:
@@ -252,14 +254,15 @@ class ClassTilerFactory(TilerFactory):
             tile_format: ImageFormat = "png",
             tilesize: TileSize = 512,
             url: str = Depends(self.path_dependency),
-            read: ReadParams = Depends(read_params),
+            read: LayerParams = Depends(layer_params),
             look: StyleParams = Depends(style_params),
         ) -> TileJSON:
             """Return the TileJSON document of an image's classes."""
             tms = self._tms(tileMatrixSetId)
-            codebook, labels = await open_all(service, url, read)
+            found = await open_layer(service, url, read)
+            codebook = found.codebook
             await self._check_look(codebook, look)
-            minzoom, maxzoom = zooms_of(service, labels, tms)
+            minzoom, maxzoom = zooms_of(service, found.layer, codebook, found.seconds_per_chunk, tms)
             query = [(name, value) for name, value in request.query_params.multi_items() if name != "tile_format"]
             if "tilesize" not in request.query_params:
                 query.append(("tilesize", str(tilesize)))
@@ -272,7 +275,7 @@ class ClassTilerFactory(TilerFactory):
                 attribution=codebook.manifest.attribution or None,
                 legend=self.url_for(request, "legend") + f"?{urlencode(query)}",
                 tiles=[f"{tiles}?{urlencode(query)}"],
-                bounds=list(labels.dataset.geographic_bounds),
+                bounds=list(found.layer.geographic_bounds),
                 minzoom=max(0, minzoom),
                 maxzoom=maxzoom,
             )
@@ -292,12 +295,12 @@ class ClassTilerFactory(TilerFactory):
             tile_format: ImageFormat = "png",
             use_epsg: Annotated[bool, Query(description="Name coordinate systems by EPSG code, for ArcMap.")] = False,
             url: str = Depends(self.path_dependency),
-            read: ReadParams = Depends(read_params),
+            read: LayerParams = Depends(layer_params),
             look: StyleParams = Depends(style_params),
         ) -> Response:
             """Return the WMTS capabilities of an image's classes: a layer for each TileMatrixSet that holds it."""
-            codebook, labels = await open_all(service, url, read)
-            await self._check_look(codebook, look)
+            found = await open_layer(service, url, read)
+            await self._check_look(found.codebook, look)
             query = [item for item in request.query_params.multi_items() if item[0].lower() not in _NOT_FOR_WMTS_TILES]
 
             def tiles_url(tms: str) -> str:
@@ -307,10 +310,11 @@ class ClassTilerFactory(TilerFactory):
             context = await run(
                 service.working,
                 capabilities,
-                labels.dataset,
+                Extent.of(found.layer, found.codebook.manifest.preprocess),
                 [self.supported_tms.get(name) for name in self.supported_tms.list()],
-                labels.seconds_per_chunk,
+                found.seconds_per_chunk,
                 service.settings.tile_budget_s,
+                service.settings.mosaic_opened,
                 tiles_url,
                 urlencode(query),
                 MEDIA_TYPE[tile_format],
@@ -371,13 +375,15 @@ class ClassTilerFactory(TilerFactory):
         """Register /info."""
         service = self.service
 
-        @self.router.get("/info", response_model=ImageInfo, **self._route("getInfo"))
-        async def info(url: str = Depends(self.path_dependency), read: ReadParams = Depends(read_params)) -> ImageInfo:
-            """Return the grid of an image, the codebook, and what labelling all of it would cost."""
-            _, labels = await open_all(service, url, read)
+        @self.router.get("/info", response_model=ImageInfo | MosaicInfo, **self._route("getInfo"))
+        async def info(
+            url: str = Depends(self.path_dependency), read: LayerParams = Depends(layer_params)
+        ) -> ImageInfo | MosaicInfo:
+            """Return the grid of an image or a mosaic, the codebook, and what labelling all of it would cost."""
+            found = await open_layer(service, url, read)
             known = self.supported_tms.list()
             tms = self._tms("WebMercatorQuad" if "WebMercatorQuad" in known else known[0])
-            return image_info(labels.dataset, labels.engine, zooms_of(service, labels, tms), labels.kept)
+            return await describe(service, found, tms)
 
     def point(self) -> None:
         """Register /point."""
@@ -389,26 +395,16 @@ class ClassTilerFactory(TilerFactory):
             lon: Annotated[float, Path(ge=-180, le=180, description="Longitude in degrees.")],
             lat: Annotated[float, Path(ge=-90, le=90, description="Latitude in degrees.")],
             url: str = Depends(self.path_dependency),
-            read: ReadParams = Depends(read_params),
+            read: LayerParams = Depends(layer_params),
             classes: int | None = Depends(classes_param),
         ) -> PointInfo:
             """Return the class of the patch at a place, how well it fits, and what else it is like."""
-            codebook, labels = await open_all(service, url, read)
-            dataset = labels.dataset
-            merged = await find_classes(service, codebook, classes)
+            found = await open_layer(service, url, read)
+            merged = await find_classes(service, found.codebook, classes)
             link = self._exemplar_link(request)
-            x, y = project(WGS84, dataset.grid.crs, lon, lat)
-            patch = PatchRange(0, 0, 0, 0)
-            if np.isfinite(x) and np.isfinite(y):
-                row, col = (int(value) for value in dataset.grid.patch_of(x, y))
-                patch = PatchRange(row, row + 1, col, col + 1).intersect(dataset.footprint)
-            if patch.empty:
-                return point_info(codebook, merged, (lon, lat), NODATA_LABEL, 0.0, link)
-            timeout_s = service.settings.request_timeout_s
-            computing = labels.block_async(patch, service.working, timeout_s=timeout_s)
-            block = await while_connected(service, request, computing)
-            label, similarity = int(block.labels[0, 0]), float(block.similarity[0, 0])
-            return await run(service.working, point_info, codebook, merged, (lon, lat), label, similarity, link)
+            place = await while_connected(service, request, label_at(service, found, lon, lat))
+            answer = await run(service.working, point_info, found.codebook, merged, (lon, lat), *place[:2], link)
+            return answer.model_copy(update={"image": place[2]})
 
     def part(self) -> None:
         """Register /bbox and /feature."""
@@ -426,17 +422,14 @@ class ClassTilerFactory(TilerFactory):
                 str, Query(max_length=32, description="CRS of the box, as AUTHORITY:code.")
             ] = "EPSG:4326",
             url: str = Depends(self.path_dependency),
-            read: ReadParams = Depends(read_params),
+            read: LayerParams = Depends(layer_params),
             look: StyleParams = Depends(style_params),
         ) -> Response:
             """Return the labels of a box, one pixel per patch."""
             crs = parse_crs(coord_crs)
-            _, labels = await open_all(service, url, read)
-            dataset = labels.dataset
-            area = await run(
-                service.working, area_of_bbox, (minx, miny, maxx, maxy), crs, dataset.grid, dataset.footprint
-            )
-            return await while_connected(service, request, export(service, labels, area, look, format))
+            found = await open_layer(service, url, read)
+            region = region_of_bbox((minx, miny, maxx, maxy), crs)
+            return await while_connected(service, request, export(service, found, region, look, format))
 
         @self.router.post(
             "/feature.{format}", openapi_extra=_body("Feature"), **self._route("postFeature", _RASTER_ANSWER)
@@ -445,14 +438,14 @@ class ClassTilerFactory(TilerFactory):
             request: Request,
             format: RasterFormat,
             url: str = Depends(self.path_dependency),
-            read: ReadParams = Depends(read_params),
+            read: LayerParams = Depends(layer_params),
             look: StyleParams = Depends(style_params),
         ) -> Response:
             """Return the labels of a polygon, one pixel per patch."""
             feature = read_feature(await request.body(), service.settings)
-            _, labels = await open_all(service, url, read)
-            area = await run(service.working, area_of_feature, feature, labels.dataset)
-            return await while_connected(service, request, export(service, labels, area, look, format))
+            found = await open_layer(service, url, read)
+            region = await run(service.working, region_of_feature, feature)
+            return await while_connected(service, request, export(service, found, region, look, format))
 
     def statistics(self) -> None:
         """Register /statistics."""
@@ -464,17 +457,18 @@ class ClassTilerFactory(TilerFactory):
         async def statistics(
             request: Request,
             url: str = Depends(self.path_dependency),
-            read: ReadParams = Depends(read_params),
+            read: LayerParams = Depends(layer_params),
             classes: int | None = Depends(classes_param),
         ) -> Response:
             """Return the same features, each with the area of every class inside it."""
             given, features = read_geojson(await request.body(), service.settings)
-            codebook, labels = await open_all(service, url, read)
-            merged = await find_classes(service, codebook, classes)
-            answered = await while_connected(service, request, statistics_of(service, labels, features, merged))
+            found = await open_layer(service, url, read)
+            merged = await find_classes(service, found.codebook, classes)
+            answered, lacking = await while_connected(service, request, statistics_of(service, found, features, merged))
             whole = {**given, "features": answered} if given["type"] == "FeatureCollection" else answered[0]
             # Written in ASCII: a text may hold half a surrogate pair, which UTF-8 does not have.
-            return Response(json.dumps(whole, allow_nan=False), media_type="application/geo+json")
+            headers = {MISSING_HEADER: str(len(lacking))} if lacking else {}
+            return Response(json.dumps(whole, allow_nan=False), media_type="application/geo+json", headers=headers)
 
     def legend(self) -> None:
         """Register /legend."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,9 +17,10 @@ from pyproj import CRS
 
 from geocentroids_tiler import __version__
 from geocentroids_tiler.cache import ByteCache
-from geocentroids_tiler.codebook import Classes
+from geocentroids_tiler.codebook import Classes, PreprocessSection
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.grid import (
+    WGS84,
     Bounds,
     Grid,
     PatchRange,
@@ -29,6 +32,7 @@ from geocentroids_tiler.grid import (
 )
 from geocentroids_tiler.labels.engine import LabelBlock
 from geocentroids_tiler.labels.kept import KeptBlock
+from geocentroids_tiler.mosaic import Mosaic
 from geocentroids_tiler.render import (
     ImageFormat,
     Style,
@@ -121,6 +125,11 @@ class TileView:
     patches: PatchRange
     mesh: RasterMesh
 
+    @property
+    def whole(self) -> PatchRange:
+        """All pixels of the tile."""
+        return PatchRange(0, self.size_px, 0, self.size_px)
+
     @cached_property
     def places(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Row and column of each sample's patch, from the start of ``patches``.
@@ -212,43 +221,130 @@ def draw_tile(
         image_format: png or webp.
     """
     index, palette = palette_index(block.labels, block.similarity, classes, style, similarity_range)
-    rows, cols = view.places
-    nodata = len(palette) - 1
-    at = view.pixels.within(PatchRange(0, view.size_px, 0, view.size_px))
     if view.samples == 1:
-        picture = np.full((view.size_px, view.size_px), nodata, np.uint16)
-        picture[at] = sample(index, rows, cols, nodata)
-        return encode_indexed(picture, palette, image_format)
-    factor = block.factor if isinstance(block, KeptBlock) else 1
-    colors = cell_colors(index, palette, view.cell // factor)
-    rgba = np.zeros((view.size_px, view.size_px, 4), np.uint8)
-    rgba[at] = average_samples(colors, rows // view.cell, cols // view.cell, view.samples)
+        return encode_indexed(_indexed(view, index, len(palette) - 1), palette, image_format)
+    return encode_rgba(_averaged(view, block, index, palette), image_format)
+
+
+def draw_zones(
+    parts: Sequence[tuple[TileView, LabelBlock | KeptBlock, NDArray[np.bool_]]],
+    classes: Classes,
+    style: Style,
+    similarity_range: tuple[float, float],
+    image_format: ImageFormat,
+) -> bytes:
+    """Draw and encode a tile that lies on several grids, as ``draw_tile`` does.
+
+    Args:
+        parts: of each grid the patches under the pixels, their labels, and which of the tile's pixels, of shape
+            (size_px, size_px), belong to it.
+        classes: classes of the labels.
+        style: how they are drawn.
+        similarity_range: similarities of the ends of the ramp.
+        image_format: png or webp.
+    """
+    size_px = parts[0][0].size_px
+    rgba = np.zeros((size_px, size_px, 4), np.uint8)
+    for view, block, own in parts:
+        index, palette = palette_index(block.labels, block.similarity, classes, style, similarity_range)
+        if view.samples == 1:
+            picture = palette[_indexed(view, index, len(palette) - 1)]
+        else:
+            picture = _averaged(view, block, index, palette)
+        rgba[own] = picture[own]
     return encode_rgba(rgba, image_format)
 
 
-def zoom_range(tms: TileMatrixSet, dataset: Dataset, seconds_per_chunk: float, budget_s: float) -> tuple[int, int]:
-    """Return the zoom levels at which a dataset is worth asking for.
+def pixel_places(tms: TileMatrixSet, tile: Tile, size_px: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return longitude and latitude of a tile's pixel centres, of shape (size_px, size_px)."""
+    left, bottom, right, top = tms.xy_bounds(tile)
+    return exact_points((left, bottom, right, top), tms_crs(tms), (size_px, size_px), WGS84)
+
+
+def _indexed(view: TileView, index: NDArray[np.uint16], nodata: int) -> NDArray[np.uint16]:
+    """Return the palette index of each pixel of a tile."""
+    rows, cols = view.places
+    picture = np.full((view.size_px, view.size_px), nodata, np.uint16)
+    picture[view.pixels.within(view.whole)] = sample(index, rows, cols, nodata)
+    return picture
+
+
+def _averaged(
+    view: TileView, block: LabelBlock | KeptBlock, index: NDArray[np.uint16], palette: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Return the RGBA of each pixel of a tile, averaged over the patches that it covers."""
+    rows, cols = view.places
+    factor = block.factor if isinstance(block, KeptBlock) else 1
+    colors = cell_colors(index, palette, view.cell // factor)
+    rgba = np.zeros((view.size_px, view.size_px, 4), np.uint8)
+    rgba[view.pixels.within(view.whole)] = average_samples(colors, rows // view.cell, cols // view.cell, view.samples)
+    return rgba
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much ground a layer has, and on which grid.
+
+    Attributes:
+        grid: the ground grid; of several the one with most images.
+        footprint: patches of a rectangle that holds what is on that grid.
+        geographic_bounds: west, south, east, north of the whole layer in degrees.
+        chunks: to label all of it.
+        preprocess: of the codebook.
+        image_m: side of a square as large as an image is on average, where there are many.
+    """
+
+    grid: Grid
+    footprint: PatchRange
+    geographic_bounds: Bounds
+    chunks: int
+    preprocess: PreprocessSection
+    image_m: float | None = None
+
+    @classmethod
+    def of(cls, layer: Dataset | Mosaic, preprocess: PreprocessSection) -> Extent:
+        """Return the extent of an image or a mosaic."""
+        if isinstance(layer, Dataset):
+            return cls(layer.grid, layer.footprint, layer.geographic_bounds, layer.chunk_count, preprocess)
+        zone = max(layer.zones, key=lambda zone: len(zone.members))
+        chunk_m2 = (preprocess.stride_patches * layer.patch_m) ** 2
+        return cls(
+            zone.grid,
+            zone.footprint,
+            layer.geographic_bounds,
+            math.ceil(layer.area_m2 / chunk_m2),
+            preprocess,
+            max(layer.patch_m, math.sqrt(layer.area_m2 / len(layer.members))),
+        )
+
+
+def zoom_range(
+    tms: TileMatrixSet, extent: Extent, seconds_per_chunk: float, budget_s: float, max_images: int = sys.maxsize
+) -> tuple[int, int]:
+    """Return the zoom levels at which a layer is worth asking for.
 
     Args:
         tms: the TileMatrixSet.
-        dataset: the dataset.
+        extent: of the layer.
         seconds_per_chunk: speed of the device; 0 where labels are there already.
         budget_s: time that one tile may take.
+        max_images: images that one tile may open.
 
     Returns:
-        minzoom, the lowest at which a tile's share of the dataset is labelled within ``budget_s``, and maxzoom, the
+        minzoom, the lowest at which a tile's share of the layer is labelled within ``budget_s``, and maxzoom, the
         lowest at which a pixel of the tile is at most as large as one of the codebook's.
     """
     levels = range(tms.minzoom, tms.maxzoom + 1)
-    gsd_m = dataset.preprocess.gsd_m
-    cell_m = _metres_per_unit(tms, dataset)
+    gsd_m = extent.preprocess.gsd_m
+    cell_m = _metres_per_unit(tms, extent)
     maxzoom = next((z for z in levels if tms.matrix(z).cellSize * cell_m <= gsd_m * 1.01), tms.maxzoom)
-    chunk_m = dataset.preprocess.stride_patches * dataset.grid.patch_m
+    chunk_m = extent.preprocess.stride_patches * extent.grid.patch_m
     affordable = budget_s / seconds_per_chunk if seconds_per_chunk else math.inf
     for z in levels:
         matrix = tms.matrix(z)
         side_m = matrix.cellSize * cell_m * max(matrix.tileWidth, matrix.tileHeight)
-        if min(dataset.chunk_count, (side_m / chunk_m + 1) ** 2) <= affordable:
+        images = 1 if extent.image_m is None else (side_m / extent.image_m + 1) ** 2
+        if min(extent.chunks, (side_m / chunk_m + 1) ** 2) <= affordable and images <= max_images:
             return min(z, maxzoom), maxzoom
     return maxzoom, maxzoom
 
@@ -263,10 +359,10 @@ def _crs_of_wkt(wkt: str) -> CRS:
     return CRS.from_wkt(wkt)
 
 
-def _metres_per_unit(tms: TileMatrixSet, dataset: Dataset) -> float:
-    """Return the metres on the ground that one unit of the tiles' CRS spans at the middle of a dataset."""
-    crs, grid = tms_crs(tms), dataset.grid
-    left, bottom, right, top = grid.bounds_of(dataset.footprint)
+def _metres_per_unit(tms: TileMatrixSet, extent: Extent) -> float:
+    """Return the metres on the ground that one unit of the tiles' CRS spans at the middle of a layer."""
+    crs, grid = tms_crs(tms), extent.grid
+    left, bottom, right, top = grid.bounds_of(extent.footprint)
     cx, cy = project(grid.crs, crs, (left + right) / 2, (bottom + top) / 2)
     step = tms.matrix(tms.maxzoom).cellSize
     x, y = project(crs, grid.crs, cx + np.array([0, step, 0]), cy + np.array([0, 0, step]))
@@ -322,7 +418,7 @@ def _plain(value: object) -> object:
     if isinstance(value, frozenset):
         return sorted(value)
     if isinstance(value, ReadOptions):
-        return [value.bidx, value.rescale]
+        return [value.bidx, value.rescale, value.grid]
     if isinstance(value, Style):
         return [value.layer, sorted(value.highlight)]
     raise TypeError(f"{type(value).__name__} has no place in an entity tag")

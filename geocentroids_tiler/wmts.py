@@ -10,9 +10,9 @@ from typing import Any
 from morecantile import Tile, TileMatrixSet
 from pyproj import CRS
 
-from geocentroids_tiler.grid import Bounds, bounds_holding, project
-from geocentroids_tiler.source import Dataset
-from geocentroids_tiler.tiles import tms_crs, zoom_range
+from geocentroids_tiler.errors import UnsupportedImageError
+from geocentroids_tiler.grid import WGS84, Bounds, bounds_holding, outline, project
+from geocentroids_tiler.tiles import Extent, tms_crs, zoom_range
 
 LAYER = "geocentroids"
 WGS84_URN = "urn:ogc:def:crs:OGC:2:84"
@@ -29,15 +29,15 @@ class TileRange:
     max_col: int
 
 
-def tile_ranges(tms: TileMatrixSet, dataset: Dataset, zooms: tuple[int, int]) -> tuple[TileRange, ...]:
+def tile_ranges(tms: TileMatrixSet, extent: Extent, zooms: tuple[int, int]) -> tuple[TileRange, ...]:
     """Return the tiles that hold an image, for each zoom level; none if the image lies outside of a TileMatrixSet.
 
     Args:
         tms: the TileMatrixSet.
-        dataset: the image.
+        extent: of the layer.
         zooms: first and last zoom level.
     """
-    bounds = _bounds_in(tms, dataset) if _is_meant_for(tms, dataset.geographic_bounds) else None
+    bounds = _bounds_in(tms, extent) if _is_meant_for(tms, extent.geographic_bounds) else None
     if bounds is None:
         return ()
     found = [_tiles_touching(tms, z, bounds) for z in range(zooms[0], zooms[1] + 1)]
@@ -45,10 +45,11 @@ def tile_ranges(tms: TileMatrixSet, dataset: Dataset, zooms: tuple[int, int]) ->
 
 
 def capabilities(
-    dataset: Dataset,
+    extent: Extent,
     supported: Iterable[TileMatrixSet],
     seconds_per_chunk: float,
     budget_s: float,
+    max_images: int,
     tiles_url: Callable[[str], str],
     query: str,
     media_type: str,
@@ -57,10 +58,11 @@ def capabilities(
     """Return what the template of TiTiler's WMTS extension needs: a layer for each TileMatrixSet that holds the image.
 
     Args:
-        dataset: the image.
+        extent: of the layer.
         supported: TileMatrixSets that the server knows.
         seconds_per_chunk: speed of the device.
         budget_s: time that one tile may take.
+        max_images: images that one tile may open.
         tiles_url: address of the tiles of a TileMatrixSet.
         query: added to that address.
         media_type: of the tiles.
@@ -68,7 +70,7 @@ def capabilities(
     """
     layers, sets = [], []
     for tms in filter(_is_plain, supported):
-        ranges = tile_ranges(tms, dataset, zoom_range(tms, dataset, seconds_per_chunk, budget_s))
+        ranges = tile_ranges(tms, extent, zoom_range(tms, extent, seconds_per_chunk, budget_s, max_images))
         if not ranges:
             continue
         name = f"{LAYER}_{tms.id}_default"
@@ -92,7 +94,7 @@ def capabilities(
                 "query_string": query,
                 "bbox_crs_type": "WGS84BoundingBox",
                 "bbox_crs_uri": WGS84_URN,
-                "bbox": dataset.geographic_bounds,
+                "bbox": extent.geographic_bounds,
             }
         )
         crs = f"EPSG:{tms.crs.to_epsg()}" if use_epsg else tms.crs.srs
@@ -118,15 +120,26 @@ def _is_meant_for(tms: TileMatrixSet, bounds: Bounds) -> bool:
     return south <= area.north and north >= area.south and any(west <= e and east >= w for w, e in pieces)
 
 
-def _bounds_in(tms: TileMatrixSet, dataset: Dataset) -> Bounds | None:
-    """Return a rectangle of the tiles' CRS that holds the image; all of it where the image is torn apart there."""
-    crs, grid = tms_crs(tms), dataset.grid
-    bounds = bounds_holding(dataset.footprint, grid, crs)
+def _bounds_in(tms: TileMatrixSet, extent: Extent) -> Bounds | None:
+    """Return a rectangle of the tiles' CRS that holds the layer; all of it where the layer is torn apart there."""
+    crs, grid = tms_crs(tms), extent.grid
+    bounds = _many_bounds_in(crs, extent) if extent.image_m else bounds_holding(extent.footprint, grid, crs)
     if bounds is not None:
         return bounds
-    left, bottom, right, top = grid.bounds_of(dataset.footprint)
+    left, bottom, right, top = grid.bounds_of(extent.footprint)
     x, y = project(grid.crs, crs, (left + right) / 2, (bottom + top) / 2)
     return (-math.inf, -math.inf, math.inf, math.inf) if math.isfinite(x) and math.isfinite(y) else None
+
+
+def _many_bounds_in(crs: CRS, extent: Extent) -> Bounds | None:
+    """Return a rectangle of the tiles' CRS that holds many images, which may lie on several grids."""
+    west, south, east, north = extent.geographic_bounds
+    try:
+        edge = outline(WGS84, (east - west, 0, west, 0, south - north, north), 1, 1, crs)
+    except UnsupportedImageError:
+        return None
+    low, high = edge.min(axis=0), edge.max(axis=0)
+    return float(low[0]), float(low[1]), float(high[0]), float(high[1])
 
 
 def _tiles_touching(tms: TileMatrixSet, z: int, bounds: Bounds) -> TileRange | None:

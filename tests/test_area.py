@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pyproj import CRS, Transformer
 
-from geocentroids_tiler.area import Area, area_of_bbox, area_of_geometry
+from geocentroids_tiler.area import Area, region_of_bbox, region_of_geometry
 from geocentroids_tiler.errors import InputError
-from geocentroids_tiler.grid import WGS84, Grid, PatchRange
+from geocentroids_tiler.grid import WGS84, Bounds, Grid, PatchRange
 
 GRID = Grid(CRS.from_epsg(32721), 3.5)
 FOOTPRINT = PatchRange(-1_754_290, -1_754_090, 160_000, 160_260)
 """200 x 260 patches in Uruguay, near 56.35 W 34.88 S."""
 NEAR_EDGE = 0.002
 """Centres this near to an area's edge (share of a patch) may fall on either side: they are placed to 0.001."""
+
+
+def area_of_bbox(bbox: Bounds, crs: CRS, grid: Grid, footprint: PatchRange) -> Area:
+    return region_of_bbox(bbox, crs).on(grid, footprint)
+
+
+def area_of_geometry(geometry: Mapping[str, Any], grid: Grid, footprint: PatchRange) -> Area:
+    return region_of_geometry(geometry).on(grid, footprint)
 
 
 def centres(crs: CRS, patches: PatchRange = FOOTPRINT, grid: Grid = GRID) -> tuple[NDArray[Any], NDArray[Any]]:

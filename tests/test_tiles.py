@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from geocentroids_tiler.labels.engine import LabelBlock
 from geocentroids_tiler.render import Style
 from geocentroids_tiler.source import ReadOptions
 from geocentroids_tiler.tiles import (
+    Extent,
     TileCache,
     TileKey,
     TileView,
@@ -339,12 +339,12 @@ class TestDrawing:
 
 
 def dataset_at(place: tuple[float, float], side: int, **preprocess: Any) -> Any:
-    """Return what ``zoom_range`` asks of a dataset."""
+    """Return the extent of an image."""
     grid = grid_at(place)
     footprint = footprint_at(grid, place, side)
     pre = codebook_for(**preprocess).manifest.preprocess
     rows, cols = footprint.chunk_range(pre.stride_patches).shape
-    return SimpleNamespace(preprocess=pre, grid=grid, footprint=footprint, chunk_count=rows * cols)
+    return Extent(grid, footprint, (-180, -90, 180, 90), rows * cols, pre)
 
 
 class TestZoomRange:

@@ -46,13 +46,20 @@ class DatasetLabels:
         return self.kept is not None or self.engine.at_hand(self.dataset, patches)
 
     async def every_patch(
-        self, patches: PatchRange, pool: Executor, *, timeout_s: float, over: Callable[[], bool] = lambda: False
+        self,
+        patches: PatchRange,
+        pool: Executor,
+        *,
+        rank: Rank | None = None,
+        timeout_s: float,
+        over: Callable[[], bool] = lambda: False,
     ) -> LabelBlock:
         """Return the label and similarity of every patch of a rectangle without holding a thread of the caller.
 
         Args:
             patches: which ones.
             pool: threads that may read kept labels.
+            rank: how urgent it is, where labels have to be computed; None: as urgent as the newest request.
             timeout_s: longest time to wait for labels that are computed.
             over: asked at each chunk that is computed whether the server ends.
 
@@ -61,7 +68,7 @@ class DatasetLabels:
                 be broken.
         """
         if self.kept is None:
-            return await self.engine.block_async(self.dataset, patches, timeout_s=timeout_s, over=over)
+            return await self.engine.block_async(self.dataset, patches, rank=rank, timeout_s=timeout_s, over=over)
         with _asked_again():
             return _patches_of(await asyncio.get_running_loop().run_in_executor(pool, self.kept.read, patches), patches)
 

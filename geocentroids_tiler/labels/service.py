@@ -16,7 +16,7 @@ from cachetools import LRUCache
 from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Classes, Codebook
 from geocentroids_tiler.encoder import Encoder, encoder_source, load_encoder
-from geocentroids_tiler.errors import GeocentroidsError, SourceUnavailableError, UnsupportedImageError
+from geocentroids_tiler.errors import SourceUnavailableError, UnsupportedImageError
 from geocentroids_tiler.hub import find_codebook
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.futures import then
@@ -25,7 +25,9 @@ from geocentroids_tiler.labels.job_files import JobRecord
 from geocentroids_tiler.labels.jobs import Jobs
 from geocentroids_tiler.labels.kept import KeptLabels
 from geocentroids_tiler.labels.meters import Meters
+from geocentroids_tiler.labels.mosaics import Mosaics
 from geocentroids_tiler.labels.once import Once, Work
+from geocentroids_tiler.labels.recent_failures import RecentFailures
 from geocentroids_tiler.labels.store import LabelStore
 from geocentroids_tiler.labels.tiers import open_tiers
 from geocentroids_tiler.labels.viewports import Viewports
@@ -119,32 +121,6 @@ class _FreshDatasets:
         return known if known is not None and self._is_fresh(known.identity) else None
 
 
-class _RecentFailures:
-    """Sources that could not be opened a moment ago, so that a map of them does not ask for each of its tiles."""
-
-    def __init__(self, ttl_s: float) -> None:
-        self._ttl_s = ttl_s
-        self._lock = threading.Lock()
-        self._known: LRUCache[_DatasetKey, tuple[GeocentroidsError, float]] = LRUCache(MAX_SOURCES)
-
-    def remember(self, key: _DatasetKey, error: GeocentroidsError, now_s: float) -> None:
-        """Remember an error for a short time."""
-        with self._lock:
-            self._known[key] = error, now_s
-
-    def check(self, key: _DatasetKey, now_s: float) -> None:
-        """Raise the error of a source that failed a moment ago."""
-        with self._lock:
-            known = self._known.get(key)
-            if known is None:
-                return
-            error, at_s = known
-            if now_s - at_s >= self._ttl_s:
-                del self._known[key]
-                return
-        raise type(error)(*error.args)  # a new one: the old one's traceback grows with each that raises it
-
-
 class Service:
     """Shared state behind the HTTP routes and the command line. Safe for threads and for several event loops.
 
@@ -174,10 +150,15 @@ class Service:
             DATASET_CACHE_BYTES, lambda opened: _dataset_bytes(opened.dataset)
         )
         self._opened: Once[_DatasetKey, _Opened] = Once(_FreshDatasets(self._datasets, self._is_fresh))
-        self._failures = _RecentFailures(settings.failure_ttl_s)
+        self._failures = RecentFailures(settings.failure_ttl_s)
         self._identities: LRUCache[str, _Identity] = LRUCache(MAX_SOURCES)
+        self.mosaics = Mosaics(settings, self.source, self.dataset, clock)
         self.store = LabelStore(settings.label_cache_bytes)
-        self.caches: dict[str, ByteCache[Any, Any]] = {"labels": self.store, "datasets": self._datasets}
+        self.caches: dict[str, ByteCache[Any, Any]] = {
+            "labels": self.store,
+            "datasets": self._datasets,
+            "mosaics": self.mosaics.cache,
+        }
         self.tier = open_tiers(settings)
         self.meters = Meters()
         self.closing = threading.Event()
@@ -201,6 +182,7 @@ class Service:
         self.closing.set()
         if self.jobs is not None:
             self.jobs.close()
+        self.mosaics.close()
         for pool in (self._opening, self._loading, self.exporting, self.working, self.drawing):
             pool.shutdown(cancel_futures=True)
         for future in self._engines.values():

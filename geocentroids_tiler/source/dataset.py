@@ -24,10 +24,13 @@ from geocentroids_tiler.grid import (
     Grid,
     PatchRange,
     geographic_bounds,
+    grid_in,
     ground_grid,
     ground_gsd,
     horizontal,
+    image_centre,
     outline,
+    parse_crs,
 )
 from geocentroids_tiler.source.collar import MAX_CELLS, Collar, find_collars
 from geocentroids_tiler.source.opener import open_checked
@@ -51,15 +54,17 @@ _FOREIGN_TAGS = frozenset({"OVERVIEWS", "GEOLOCATION", "SUBDATASETS", "RPC"})
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How bands become 8-bit RGB.
+    """How an image is read: how bands become 8-bit RGB, and on which grid.
 
     Attributes:
         bidx: band numbers (from 1) of red, green and blue; None: from the colour interpretation.
         rescale: values that become 0 and 255; None: only 8-bit images are accepted.
+        grid: CRS of the ground grid, ``EPSG:code``, where an image is one of many; None: the image's own.
     """
 
     bidx: tuple[int, int, int] | None = None
     rescale: tuple[float, float] | None = None
+    grid: str | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,11 @@ def place(
     crs = _crs_of(raster)
     transform: AffineCoefficients = tuple(raster.transform)[:6]
     size = raster.width, raster.height
-    grid = ground_grid(crs, transform, *size, preprocess.gsd_m * patch_px)
+    patch_m = preprocess.gsd_m * patch_px
+    if options.grid is None:
+        grid = ground_grid(crs, transform, *size, patch_m)
+    else:
+        grid = grid_in(parse_crs(options.grid), *image_centre(crs, transform, *size), patch_m)
     gsd_m = ground_gsd(crs, transform, *size, grid)
     if not gsd_m <= MAX_UPSAMPLING * preprocess.gsd_m:
         raise UnsupportedImageError(

@@ -11,12 +11,12 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import certifi
 import httpcore
@@ -29,7 +29,7 @@ from geocentroids_tiler.pools import full_pool
 from geocentroids_tiler.source.addresses import Address, Resolver, checked, is_public, literal, resolve
 from geocentroids_tiler.source.deadline import Deadline
 from geocentroids_tiler.source.policy import RemotePolicy
-from geocentroids_tiler.source.stores import Fetched, FetchError, SilentError, identity_of
+from geocentroids_tiler.source.stores import Fetched, FetchError, SilentError, TooLargeError, identity_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ _DELAY = re.compile(r"\d{1,6}")
 
 _BROKEN = (httpcore.NetworkError, httpcore.ProtocolError)
 _SILENT = (httpcore.TimeoutException, httpcore.ConnectError, TimeoutError)
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +108,30 @@ class HttpStore:
 
     def fetch(self, url: str, start: int, stop: int, deadline: Deadline, *, ask_again: bool = False) -> Fetched:
         """Fetch one range of bytes; see ``ByteStore.fetch``."""
+        headers = [("Range", f"bytes={start}-{stop - 1}")]
+        return self._attempts(url, headers, lambda answer: _read(answer, start, stop), deadline, ask_again=ask_again)
+
+    def fetch_all(self, url: str, max_bytes: int, deadline: Deadline) -> bytes:
+        """Fetch a whole file; see ``ByteStore.fetch_all``."""
+        return self._attempts(url, [], lambda answer: _read_all(answer, max_bytes), deadline, ask_again=True)
+
+    def _attempts(
+        self,
+        url: str,
+        headers: Sequence[tuple[str, str]],
+        read: Callable[[httpcore.Response], T],
+        deadline: Deadline,
+        *,
+        ask_again: bool,
+    ) -> T:
+        """Make a request, more than once where that may help, and return what ``read`` makes of the answer."""
         first = httpx.URL(url)
         with self._lock:
             target = first if ask_again else self._targets.get(url, first)
         for attempt in range(ATTEMPTS):
             problem: Exception
             try:
-                return self._fetch(url, target, start, stop, deadline)
+                return self._follow(url, target, headers, read, deadline)
             except _AnswerError as error:
                 problem, wait_s = error, error.wait_s
                 if wait_s is None and target != first:
@@ -149,33 +169,42 @@ class HttpStore:
                 )
             return self._opened
 
-    def _fetch(self, url: str, target: httpx.URL, start: int, stop: int, deadline: Deadline) -> Fetched:
+    def _follow(
+        self,
+        url: str,
+        target: httpx.URL,
+        headers: Sequence[tuple[str, str]],
+        read: Callable[[httpcore.Response], T],
+        deadline: Deadline,
+    ) -> T:
         """Make one attempt, over as many redirects as are allowed."""
         first = target
         for _ in range(MAX_REDIRECTS + 1):
             self._policy.check(target)
             if self._proxy is not None:
                 self._backend.addresses(target.host, _port(target), deadline.within(self._limits.connect_s))
-            with self._answer(target, start, stop, deadline) as response:
+            with self._answer(target, headers, deadline) as response:
                 if response.status in _REDIRECTS:
                     target = _followed(target, response)
                     continue
-                fetched = _read(response, start, stop)
+                found = read(response)
             if target != first:
                 with self._lock:
                     self._targets[url] = target
-            return fetched
+            return found
         raise _AnswerError(f"more than {MAX_REDIRECTS} redirects")
 
     @contextmanager
-    def _answer(self, target: httpx.URL, start: int, stop: int, deadline: Deadline) -> Iterator[httpcore.Response]:
+    def _answer(
+        self, target: httpx.URL, more: Sequence[tuple[str, str]], deadline: Deadline
+    ) -> Iterator[httpcore.Response]:
         limits = self._limits
         headers = [
             ("Host", target.netloc.decode("ascii")),
             ("User-Agent", f"geocentroids-tiler/{__version__}"),
             ("Accept", "*/*"),
             ("Accept-Encoding", "identity"),  # offsets in a compressed stream are not offsets in the file
-            ("Range", f"bytes={start}-{stop - 1}"),
+            *more,
         ]
         timeout = {
             "connect": limits.connect_s,
@@ -245,6 +274,22 @@ def _read(response: httpcore.Response, start: int, stop: int) -> Fetched:
         raise _AnswerError(f"{last + 1 - first} bytes were announced, {len(data)} or more came", 0.0)
     identity = identity_of(_header(response, b"etag"), _header(response, b"last-modified"), total)
     return Fetched(identity, bytes(data))
+
+
+def _read_all(response: httpcore.Response, max_bytes: int) -> bytes:
+    """Read a whole answer of a bounded size."""
+    if response.status in _BUSY:
+        raise _AnswerError(f"the server answered {response.status}", _retry_after_s(response))
+    if response.status != 200:
+        raise _AnswerError(f"the server answered {response.status}")
+    if _header(response, b"content-encoding") not in ("", "identity"):
+        raise _AnswerError("the answer is compressed")
+    data = bytearray()
+    for piece in response.iter_stream():
+        data += piece
+        if len(data) > max_bytes:
+            raise TooLargeError(f"it has more than {max_bytes} bytes")
+    return bytes(data)
 
 
 def _header(response: httpcore.Response, name: bytes) -> str:

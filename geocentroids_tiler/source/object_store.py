@@ -7,7 +7,7 @@ from typing import Any
 
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.source.deadline import Deadline
-from geocentroids_tiler.source.stores import Fetched, FetchError, SilentError, identity_of
+from geocentroids_tiler.source.stores import Fetched, FetchError, SilentError, TooLargeError, identity_of
 
 
 class ObjectStore:
@@ -62,6 +62,13 @@ class ObjectStore:
             raise FetchError(f"{type(error).__name__} {str(error).partition(chr(10))[0]}") from error
         meta = answer.meta
         return Fetched(identity_of(meta["e_tag"] or "", meta["last_modified"].isoformat(), meta["size"]), data)
+
+    def fetch_all(self, url: str, max_bytes: int, deadline: Deadline) -> bytes:
+        """Fetch a whole file; see ``ByteStore.fetch_all``."""
+        data = self.fetch(url, 0, max_bytes + 1, deadline).data
+        if len(data) > max_bytes:
+            raise TooLargeError(f"it has more than {max_bytes} bytes")
+        return data
 
     def close(self) -> None:
         """Do nothing: connections end with the store."""

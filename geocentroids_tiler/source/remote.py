@@ -12,6 +12,7 @@ from cachetools import LRUCache
 
 from geocentroids_tiler.errors import (
     GeocentroidsError,
+    MosaicError,
     SourceChangedError,
     SourceUnavailableError,
     UnsupportedImageError,
@@ -19,7 +20,7 @@ from geocentroids_tiler.errors import (
 from geocentroids_tiler.source.blocks import BLOCK_BYTES, BlockCache, Run, blocks_of
 from geocentroids_tiler.source.deadline import Deadline
 from geocentroids_tiler.source.policy import RemotePolicy
-from geocentroids_tiler.source.stores import ByteStore, Fetched, FetchError, SilentError, size_of
+from geocentroids_tiler.source.stores import ByteStore, Fetched, FetchError, SilentError, TooLargeError, size_of
 from geocentroids_tiler.source.waiting import waiting
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,21 @@ class Remote:
             self._outdated.pop(fetched.identity, None)
         return fetched.identity
 
+    def document(self, url: str, max_bytes: int) -> bytes:
+        """Return the content of a document, asked for anew.
+
+        Raises:
+            SourceUnavailableError: if it cannot be read.
+            MosaicError: if it is too large.
+        """
+        try:
+            with waiting():
+                return self._store(url).fetch_all(url, max_bytes, Deadline(self._read_s))
+        except TooLargeError as error:
+            raise MosaicError(f"{url!r} has more than {max_bytes} bytes (GEOCENTROIDS_MOSAIC_BYTES)") from error
+        except FetchError as error:
+            raise self._unavailable(url, error) from error
+
     def is_outdated(self, identity: str) -> bool:
         """Tell whether a source was seen to have changed since it had this identity."""
         with self._lock:
@@ -135,7 +151,7 @@ class Remote:
 
     def _ask(self, url: str, start: int, stop: int, deadline: Deadline, *, ask_again: bool = False) -> Fetched:
         """Fetch a range, unless the server did not answer a moment ago."""
-        store = next((store for prefix, store in self._buckets.items() if url.startswith(prefix)), self._web)
+        store = self._store(url)
         with self._lock:
             silent = self._silent.get(url)
         if silent is not None and silent.allows(0):
@@ -146,6 +162,9 @@ class Remote:
             with self._lock:
                 self._silent[url] = Deadline(self._failure_s)
             raise
+
+    def _store(self, url: str) -> ByteStore:
+        return next((store for prefix, store in self._buckets.items() if url.startswith(prefix)), self._web)
 
     def _unavailable(self, url: str, error: Exception) -> SourceUnavailableError:
         """Say to the operator why a source cannot be read, and to the user that it cannot."""

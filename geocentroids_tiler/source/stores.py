@@ -20,6 +20,10 @@ class SilentError(FetchError):
     """The server did not answer, or not in time."""
 
 
+class TooLargeError(FetchError):
+    """The file is larger than may be read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """A range of a file.
@@ -48,6 +52,20 @@ class ByteStore(Protocol):
 
         Raises:
             FetchError: if they do not come.
+        """
+        ...
+
+    def fetch_all(self, url: str, max_bytes: int, deadline: Deadline) -> bytes:
+        """Fetch a whole file, whether or not the server knows of ranges.
+
+        Args:
+            url: of the file.
+            max_bytes: the most that is read.
+            deadline: for all of it, retries included.
+
+        Raises:
+            TooLargeError: if the file is larger.
+            FetchError: if it does not come.
         """
         ...
 

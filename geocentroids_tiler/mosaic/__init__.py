@@ -1,0 +1,6 @@
+"""Many images as one layer: documents that name images, and where these lie."""
+
+from geocentroids_tiler.mosaic.document import Document, Member, is_document, read_document
+from geocentroids_tiler.mosaic.index import Mosaic, Overlap, Problem, Zone
+
+__all__ = ["Document", "Member", "Mosaic", "Overlap", "Problem", "Zone", "is_document", "read_document"]
