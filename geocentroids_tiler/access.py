@@ -38,7 +38,7 @@ _OPEN = (
 )
 """Read no source and cost little; the viewer asks for a signature itself."""
 _OF_AN_IMAGE = (
-    r"{prefix}/geocentroids/(tiles/.+|[^/\s]+/tilejson\.json|WMTSCapabilities\.xml|info|point/.+|bbox/.+|feature\..+"
+    r"{prefix}/geocentroids/(tiles/.+|[^/\s]+/tilejson\.json|WMTSCapabilities\.xml|info|footprints|point/.+|bbox/.+|feature\..+"
     r"|statistics)",
     r"{prefix}/(?!geocentroids(/|\s|$)).+",
 )

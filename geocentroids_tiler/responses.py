@@ -7,6 +7,8 @@ from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
+import shapely
+import shapely.geometry
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
@@ -16,7 +18,7 @@ from geocentroids_tiler.colors import hex_color
 from geocentroids_tiler.exemplars import ExemplarImage
 from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
 from geocentroids_tiler.labels.kept import KeptDataset
-from geocentroids_tiler.mosaic import Mosaic, Overlap, Problem
+from geocentroids_tiler.mosaic import Member, Mosaic, Overlap, Problem
 from geocentroids_tiler.source import Dataset
 from geocentroids_tiler.tiles import Extent
 
@@ -213,6 +215,29 @@ class MosaicInfo(BaseModel):
     warnings: list[str]
 
 
+class FootprintProperties(BaseModel):
+    """An image, and when it was taken if that is known."""
+
+    url: str
+    datetime: datetime | None
+
+
+class Footprint(BaseModel):
+    """Where an image lies, as far as is known without opening it."""
+
+    type: Literal["Feature"] = "Feature"
+    bbox: tuple[float, float, float, float]
+    geometry: dict[str, Any]
+    properties: FootprintProperties
+
+
+class Footprints(BaseModel):
+    """Where images lie, in longitude and latitude."""
+
+    type: Literal["FeatureCollection"] = "FeatureCollection"
+    features: list[Footprint]
+
+
 def codebook_info(codebook: Codebook) -> CodebookInfo:
     """Describe a codebook."""
     manifest, pre = codebook.manifest, codebook.manifest.preprocess
@@ -317,6 +342,25 @@ def _device_state(engine: LabelEngine) -> DeviceState:
     device = engine.encoder.info
     return DeviceState(
         backend=device.backend, provider=device.provider, device=device.device, precision=device.precision
+    )
+
+
+def footprints(layer: Dataset | Mosaic) -> Footprints:
+    """Say where an image lies, or each image of a mosaic."""
+    if isinstance(layer, Dataset):
+        members: Sequence[Member] = [Member(layer.source.url, shapely.box(*layer.geographic_bounds))]
+    else:
+        members = layer.members
+    return Footprints(
+        features=[
+            Footprint(
+                bbox=member.footprint.bounds,
+                geometry=shapely.geometry.mapping(member.footprint),
+                properties=FootprintProperties(url=member.url, datetime=member.taken_at),
+            )
+            for member in members
+            if member.footprint is not None
+        ]
     )
 
 

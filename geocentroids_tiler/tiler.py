@@ -60,10 +60,12 @@ from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat
 from geocentroids_tiler.responses import (
     ExemplarInfo,
     ExemplarLink,
+    Footprints,
     ImageInfo,
     Legend,
     MosaicInfo,
     PointInfo,
+    footprints,
     legend,
     point_info,
 )
@@ -174,6 +176,7 @@ class ClassTilerFactory(TilerFactory):
         self.wmts()
         self.map_viewer()
         self.info()
+        self.footprints()
         self.point()
         self.part()
         self.statistics()
@@ -384,6 +387,18 @@ class ClassTilerFactory(TilerFactory):
             known = self.supported_tms.list()
             tms = self._tms("WebMercatorQuad" if "WebMercatorQuad" in known else known[0])
             return await describe(service, found, tms)
+
+    def footprints(self) -> None:
+        """Register /footprints."""
+        service = self.service
+
+        @self.router.get("/footprints", response_model=Footprints, **self._route("getFootprints"))
+        async def footprints_(
+            url: str = Depends(self.path_dependency), read: LayerParams = Depends(layer_params)
+        ) -> Footprints:
+            """Return where an image lies, or each image of a mosaic, as GeoJSON."""
+            codebook = await find_codebook(service, read)
+            return await run(service.working, footprints, await find_layer(service, url, read, codebook))
 
     def point(self) -> None:
         """Register /point."""

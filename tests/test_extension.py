@@ -230,6 +230,7 @@ class TestTheHostsOwnRoutes:
                 "/{tileMatrixSetId}/map.html",
                 "/WMTSCapabilities.xml",
                 "/info",
+                "/footprints",
                 "/point/{lon},{lat}",
                 "/bbox/{minx},{miny},{maxx},{maxy}.{format}",
                 "/feature.{format}",

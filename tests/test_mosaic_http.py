@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from pyproj import Geod, Transformer
 from rasterio.transform import Affine
 from rasterio.warp import transform_bounds
 from rasters import LEFT, TOP, UTM, texture, write_tif
+from shapely.geometry import shape
 from test_http import API, PATCH_M, App, bbox_path, feature_of, patches_of_tile, read_tif, rgba, tiles_over, transformer
 
 from geocentroids_tiler.app import create_app
@@ -139,6 +144,30 @@ def in_order(alone: Callable[..., LabelBlock], rule: str) -> list[LabelBlock]:
 
 
 RULES = ("first", "newest", "similarity")
+
+
+@contextmanager
+def dripping_server() -> Iterator[str]:
+    """Serve a document that never ends, a byte at a time."""
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while not over.wait(0.05):
+                    self.wfile.write(b"a")
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    over.set()
+    server.shutdown()
+    server.server_close()
 
 
 class TestOneGrid:
@@ -280,6 +309,31 @@ class TestDocuments:
             found, _, _ = read_tif(answer)
             assert np.array_equal(found, labels)
             assert [target for _, target in server.requests[:2]] == ["/v1/search?limit=2", "/v1/more/search?page=1"]
+
+    @pytest.mark.parametrize(
+        ("link", "status", "problem"),
+        [
+            ("/v1/search?page=1", 422, "the pages of .* do not end"),
+            ("http://10.0.0.1/search", 400, "'10.0.0.1' is not a public address"),
+            ("/v1/none/search", 404, "cannot open"),
+        ],
+    )
+    def test_pages_that_lead_astray(self, start: Callable[..., App], link: str, status: int, problem: str) -> None:
+        app = start()
+        links = [{"rel": "next", "href": link}]
+        with serve() as server:
+            body = json.dumps({"type": "FeatureCollection", "features": [], "links": links}).encode()
+            server.files["/v1/search"] = Served(body, ranges=False)
+            answer = app.get(f"{API}/info", status, url=f"{server.url}/v1/search?page=1")
+        assert re.search(problem, answer.json()["detail"])
+
+    def test_a_document_that_drips(self, start: Callable[..., App]) -> None:
+        """It has a deadline as a whole, as bytes of images have."""
+        app = start(source_total_timeout_s=0.5, source_timeout_s=5)
+        with dripping_server() as url:
+            began = time.monotonic()
+            app.get(f"{API}/info", 404, url=f"{url}/list.txt")
+            assert time.monotonic() - began < PATIENCE_S
 
     @pytest.mark.parametrize(
         ("content", "settings", "status", "problem"),
@@ -495,6 +549,19 @@ class TestManyImages:
         tile = tiles_over(area, 16)[0]
         answer = app.tile(16, tile.x, tile.y, url="table.csv")
         assert answer.headers["X-Geocentroids-Empty"] == "too-many-images 3"
+
+    def test_footprints(self, app: App, images: Path) -> None:
+        found = app.get(f"{API}/footprints", url="table.csv", overlap="newest").json()
+        assert found["type"] == "FeatureCollection"
+        assert [each["properties"]["url"] for each in found["features"]] == list(NAMES)
+        for name, each in zip(NAMES, found["features"], strict=True):
+            with rasterio.open(images / name) as raster:
+                bounds = transform_bounds(raster.crs, "EPSG:4326", *raster.bounds)
+            assert each["bbox"] == pytest.approx(bounds, abs=1e-9)
+            assert shape(each["geometry"]).bounds == pytest.approx(bounds, abs=1e-9)
+            assert (each["properties"]["datetime"] or "")[:10] == DATES[name]
+        (one,) = app.get(f"{API}/footprints", url="a.tif").json()["features"]
+        assert one["bbox"] == pytest.approx(found["features"][0]["bbox"], abs=1e-9)
 
     def test_tilejson_and_wmts(self, app: App) -> None:
         found = app.get(f"{API}/WebMercatorQuad/tilejson.json", url="border.txt", overlap="newest").json()

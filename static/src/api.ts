@@ -106,6 +106,12 @@ export async function fetchTileJson(address: string, signal: AbortSignal): Promi
   return parseTileJson(await request(address, { signal }));
 }
 
+/** Bounds of the images of a mosaic. */
+export async function fetchFootprints(config: Config, state: State, signal: AbortSignal): Promise<Bounds[]> {
+  const address = `${config.endpoint}/footprints${query({ ...image(state), codebook: state.codebook })}`;
+  return parseFootprints(await request(address, { signal }));
+}
+
 export async function fetchCodebooks(config: Config): Promise<Codebook[]> {
   return parseCodebooks(await request(config.codebooksUrl, {}));
 }
@@ -194,12 +200,21 @@ export function parseTileJson(raw: unknown): TileJson {
 }
 
 export function parseInfo(raw: unknown): Info {
-  const { warnings, codebook } = record(raw);
+  const { warnings, codebook, kind, images } = record(raw);
   return {
     warnings: list(warnings).filter((warning): warning is string => typeof warning === "string"),
     classesAvailable: record(codebook).classes_available !== false,
     exemplarsAvailable: record(codebook).exemplars_available === true,
+    images: kind === "mosaic" && typeof images === "number" ? images : null,
   };
+}
+
+export function parseFootprints(raw: unknown): Bounds[] {
+  return list(record(raw).features).flatMap((feature) => {
+    const bounds = list(record(feature).bbox);
+    const finite = bounds.every((value): value is number => typeof value === "number" && Number.isFinite(value));
+    return finite && bounds.length === 4 ? [[bounds[0]!, bounds[1]!, bounds[2]!, bounds[3]!] as const] : [];
+  });
 }
 
 export function parseCodebooks(raw: unknown): Codebook[] {

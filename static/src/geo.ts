@@ -14,6 +14,22 @@ export function ring([west, south, east, north]: Bounds): [number, number][] {
   return [[west, south], [east, south], [east, north], [west, north], [west, south]];
 }
 
+export function centre([west, south, east, north]: Bounds): [number, number] {
+  return [(west + east) / 2, (south + north) / 2];
+}
+
+/** The centre that is nearest to a place, in degrees; null if there is none. */
+export function nearest(places: readonly Bounds[], [lon, lat]: readonly [number, number]): [number, number] | null {
+  const shrink = Math.cos((lat * Math.PI) / 180);
+  let best: [number, number] | null = null;
+  let least = Infinity;
+  for (const place of places.map(centre)) {
+    const distance = Math.hypot((place[0] - lon) * shrink, place[1] - lat);
+    if (distance < least) [best, least] = [place, distance];
+  }
+  return best;
+}
+
 /**
  * Zoom level of the tiles that MapLibre loads for a raster source.
  *

@@ -3,17 +3,19 @@ import * as api from "./api";
 import { type Config, parseConfig, sameScheme } from "./config";
 import { byId } from "./dom";
 import { plainText } from "./format";
-import { intersect, mapZoom, tileZoom } from "./geo";
+import { intersect, mapZoom, nearest, tileZoom } from "./geo";
 import { MapPair } from "./maps";
 import * as panel from "./panel";
 import { DEFAULTS, formatState, hasPosition, type Layer, type Mode, parseState, type State } from "./state";
 import { createSwipe, type Swipe } from "./swipe";
-import type { Codebook, Statistics, TileJson } from "./types";
+import type { Bounds, Codebook, Statistics, TileJson } from "./types";
 
 /** An image that is open. */
 interface Dataset {
   readonly image: TileJson | null;
   readonly classes: TileJson;
+  /** Bounds of each image that is shown. */
+  readonly outlines: readonly Bounds[];
   readonly classesAvailable: boolean;
   readonly exemplarsAvailable: boolean;
 }
@@ -90,7 +92,10 @@ class Viewer {
     classes.addEventListener("change", () => this.#setClasses(classes.value === "" ? null : Number(classes.value)));
     byId("stats-button").addEventListener("click", () => void this.#measure());
     byId("zoom-in").addEventListener("click", () => {
-      if (this.#dataset !== null) this.#maps.zoomTo(mapZoom(this.#dataset.classes.minzoom, api.TILE_SIZE));
+      if (this.#dataset === null) return;
+      const { classes, outlines } = this.#dataset;
+      const place = outlines.length > 1 ? nearest(outlines, this.#maps.centre()) : null;
+      this.#maps.zoomTo(mapZoom(classes.minzoom, api.TILE_SIZE), place);
     });
     addEventListener("popstate", () => this.#onHistory());
   }
@@ -170,19 +175,28 @@ class Viewer {
   async #load(signal: AbortSignal): Promise<Dataset> {
     const [config, state] = [this.#config, this.#state];
     const imageTileSize = devicePixelRatio > 1.25 ? 512 : 256;
-    const [info, classes, image] = await Promise.allSettled([
-      api.fetchInfo(config, state, signal),
+    const asked = api.fetchInfo(config, state, signal);
+    // Only a single image has tiles of its own pixels.
+    const single = asked.then((found) => found.images === null, () => true);
+    const [info, classes, image, footprints] = await Promise.allSettled([
+      asked,
       api.fetchTileJson(api.classTileJsonUrl(config, state), signal),
-      api.fetchTileJson(api.imageTileJsonUrl(config, state, imageTileSize), signal),
+      single.then((one) => (one ? api.fetchTileJson(api.imageTileJsonUrl(config, state, imageTileSize), signal) : null)),
+      single.then((one) => (one ? [] : api.fetchFootprints(config, state, signal))),
     ]);
     if (classes.status === "rejected") throw classes.reason;
     signal.throwIfAborted();
     const warnings = info.status === "fulfilled" ? [...info.value.warnings] : [sentence(info.reason)];
+    const images = info.status === "fulfilled" ? info.value.images : null;
+    if (images !== null) warnings.push(`${images} images as one layer: their classes are shown, not their pixels.`);
     if (image.status === "rejected") warnings.push(`The image itself cannot be shown. ${sentence(image.reason)}`);
     panel.renderWarnings(byId("warnings"), warnings);
     return {
-      image: image.status === "fulfilled" ? this.#sameScheme(image.value) : null,
+      image: image.status === "fulfilled" && image.value !== null ? this.#sameScheme(image.value) : null,
       classes: this.#sameScheme(classes.value),
+      outlines: footprints.status === "fulfilled" && footprints.value.length > 0
+        ? footprints.value
+        : [classes.value.bounds],
       classesAvailable: info.status === "rejected" || info.value.classesAvailable,
       exemplarsAvailable: info.status === "fulfilled" && info.value.exemplarsAvailable,
     };
@@ -316,6 +330,7 @@ class Viewer {
     void this.#maps.show({
       image: dataset?.image ?? null,
       classes: dataset?.classes ?? null,
+      outlines: dataset?.outlines ?? [],
       classTiles: api.withParams(dataset?.classes.tiles[0] ?? "", api.drawing(this.#state)),
       opacity,
     });
@@ -362,7 +377,7 @@ class Viewer {
 
   /** There is a divider as long as there are classes to divide from the image. */
   #renderSwipe(): void {
-    const parted = this.#dataset !== null && this.#classesInZoom() && this.#state.mode === "swipe";
+    const parted = this.#dataset?.image != null && this.#classesInZoom() && this.#state.mode === "swipe";
     this.#swipe.set(parted ? this.#state.split : null);
   }
 

@@ -13,6 +13,8 @@ export interface Scene {
   readonly image: TileJson | null;
   readonly classes: TileJson | null;
   readonly classTiles: string;
+  /** Bounds of each image. */
+  readonly outlines: readonly Bounds[];
   readonly opacity: number;
 }
 
@@ -24,7 +26,7 @@ export interface Listeners {
   onTileError(sentence: string): void;
 }
 
-const EMPTY: Scene = { image: null, classes: null, classTiles: "", opacity: 100 };
+const EMPTY: Scene = { image: null, classes: null, classTiles: "", outlines: [], opacity: 100 };
 
 export class MapPair {
   readonly #image: MapLibre;
@@ -40,7 +42,7 @@ export class MapPair {
     this.#image = new MapLibre({
       ...common,
       container: image,
-      style: imageStyle(this.#palette(), null, null),
+      style: imageStyle(this.#palette(), null, []),
       center: [0, 20],
       zoom: 1,
       maxZoom: 22,
@@ -95,8 +97,7 @@ export class MapPair {
     this.#scene = scene;
     await this.#ready;
     if (scene !== this.#scene) return;
-    const bounds = scene.classes?.bounds ?? scene.image?.bounds ?? null;
-    this.#image.setStyle(imageStyle(this.#palette(), scene.image, bounds));
+    this.#image.setStyle(imageStyle(this.#palette(), scene.image, scene.outlines));
     this.#classes.setStyle(classStyle(scene.classes, scene.classTiles, scene.opacity));
   }
 
@@ -104,8 +105,14 @@ export class MapPair {
     this.#image.fitBounds([west, south, east, north], { padding: 24, duration: 0, maxZoom: 19 });
   }
 
-  zoomTo(zoom: number): void {
-    this.#image.easeTo({ zoom });
+  /** Zooms, to a place or where the map is. */
+  zoomTo(zoom: number, place: readonly [number, number] | null): void {
+    this.#image.easeTo({ zoom, ...(place === null ? {} : { center: [place[0], place[1]] }) });
+  }
+
+  centre(): [number, number] {
+    const { lng, lat } = this.#image.getCenter().wrap();
+    return [lng, lat];
   }
 
   zoom(): number {

@@ -1,6 +1,6 @@
 /** MapLibre styles as pure functions of what is shown. No glyphs, sprites or remote basemap: it works offline. */
 import type { LayerSpecification, SourceSpecification, StyleSpecification } from "maplibre-gl";
-import { ring } from "./geo";
+import { centre, ring } from "./geo";
 import type { Bounds, TileJson } from "./types";
 
 export interface Palette {
@@ -12,17 +12,27 @@ export interface Palette {
 export const LIGHT: Palette = { ground: "#e9ecef", line: "#d6dbe0", outline: "#64748b" };
 export const DARK: Palette = { ground: "#14181d", line: "#232a32", outline: "#94a3b8" };
 
-/** The lower map: neutral ground, a faint graticule, the outline of the image and the image. */
-export function imageStyle(palette: Palette, image: TileJson | null, bounds: Bounds | null): StyleSpecification {
+/** Up to this zoom, images among many are marked by a dot: their outlines are too small to be seen. */
+const DOTS_MAXZOOM = 13;
+
+/** The lower map: neutral ground, a faint graticule, the outline of each image, and the image if there is one. */
+export function imageStyle(
+  palette: Palette, image: TileJson | null, outlines: readonly Bounds[],
+): StyleSpecification {
   const sources: Record<string, SourceSpecification> = { graticule: lines(graticule(10)) };
   const layers: LayerSpecification[] = [
     { id: "ground", type: "background", paint: { "background-color": palette.ground } },
     { id: "graticule", type: "line", source: "graticule", paint: { "line-color": palette.line } },
   ];
-  if (bounds !== null) {
-    sources.outline = lines([ring(bounds)]);
+  if (outlines.length > 0) {
+    sources.outline = lines(outlines.map(ring));
     const paint = { "line-color": palette.outline, "line-opacity": 0.7, "line-width": 1.5 };
     layers.push({ id: "outline", type: "line", source: "outline", paint });
+  }
+  if (outlines.length > 1) {
+    sources.dots = points(outlines.map(centre));
+    const paint = { "circle-color": palette.outline, "circle-radius": 4 };
+    layers.push({ id: "dots", type: "circle", source: "dots", paint, maxzoom: DOTS_MAXZOOM });
   }
   if (image !== null) {
     sources.image = raster(image, image.tiles);
@@ -76,4 +86,8 @@ function lines(coordinates: [number, number][][]): SourceSpecification {
     type: "geojson",
     data: { type: "Feature", properties: {}, geometry: { type: "MultiLineString", coordinates } },
   };
+}
+
+function points(coordinates: [number, number][]): SourceSpecification {
+  return { type: "geojson", data: { type: "Feature", properties: {}, geometry: { type: "MultiPoint", coordinates } } };
 }

@@ -16,6 +16,8 @@ export interface Info {
   readonly classesAvailable: boolean;
   /** Whether the codebook has pictures of typical patches. */
   readonly exemplarsAvailable: boolean;
+  /** How many images are shown as one layer; null: it is a single image. */
+  readonly images: number | null;
 }
 
 export interface Codebook {

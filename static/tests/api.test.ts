@@ -101,9 +101,18 @@ test("info: warnings and whether classes can be merged", () => {
     warnings: ["coarse"],
     classesAvailable: false,
     exemplarsAvailable: false,
+    images: null,
   });
   assert.equal(api.parseInfo({}).classesAvailable, true);
+  assert.equal(api.parseInfo({ kind: "mosaic", images: 10 }).images, 10);
+  assert.equal(api.parseInfo({ kind: "image", images: 10 }).images, null);
   assert.equal(api.parseInfo({ codebook: { exemplars_available: true } }).exemplarsAvailable, true);
+});
+
+test("footprints: the bounds of each image", () => {
+  const features = [{ bbox: [1, 2, 3, 4] }, { bbox: [1, 2, 3] }, { bbox: [1, 2, 3, "4"] }, {}, null];
+  assert.deepEqual(api.parseFootprints({ features }), [[1, 2, 3, 4]]);
+  assert.deepEqual(api.parseFootprints(null), []);
 });
 
 test("codebooks in each form they may come in", () => {

@@ -1,10 +1,10 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { formatArea, formatPosition, formatShare, plainText } from "../src/format";
-import { intersect, mapZoom, ring, tileZoom } from "../src/geo";
+import { intersect, mapZoom, nearest, ring, tileZoom } from "../src/geo";
 import { classStyle, graticule, imageStyle, LIGHT } from "../src/style";
 import { clampSplit, clipPath, splitAfterKey } from "../src/swipe";
-import type { TileJson } from "../src/types";
+import type { Bounds, TileJson } from "../src/types";
 
 const tilejson: TileJson = {
   tiles: ["http://host/{z}/{x}/{y}"],
@@ -68,12 +68,21 @@ test("the class layer is drawn without interpolation and within its zooms", () =
 });
 
 test("styles need nothing from elsewhere", () => {
-  const style = imageStyle(LIGHT, tilejson, tilejson.bounds);
+  const style = imageStyle(LIGHT, tilejson, [tilejson.bounds]);
   assert.deepEqual(style.layers.map(({ id }) => id), ["ground", "graticule", "outline", "image"]);
   assert.equal(style.glyphs, undefined);
   assert.equal(style.sprite, undefined);
-  assert.deepEqual(imageStyle(LIGHT, null, null).layers.map(({ id }) => id), ["ground", "graticule"]);
+  assert.deepEqual(imageStyle(LIGHT, null, []).layers.map(({ id }) => id), ["ground", "graticule"]);
+  const many = imageStyle(LIGHT, null, [[0, 0, 1, 1], [5, 5, 6, 6]]);
+  assert.deepEqual(many.layers.map(({ id }) => id), ["ground", "graticule", "outline", "dots"]);
   assert.equal(graticule(10).length, 37 + 17);
+});
+
+test("the nearest of many images", () => {
+  const places: Bounds[] = [[10, 0, 12, 2], [0, 60, 2, 62], [8, 60, 10, 62]];
+  assert.deepEqual(nearest(places, [11, 3]), [11, 1]);
+  assert.deepEqual(nearest(places, [7, 61]), [9, 61]);
+  assert.equal(nearest([], [0, 0]), null);
 });
 
 test("the divider follows keys and stays on the map", () => {
