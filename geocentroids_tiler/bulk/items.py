@@ -21,6 +21,7 @@ from geocentroids_tiler import __version__
 from geocentroids_tiler.bulk.image_list import ListedImage
 from geocentroids_tiler.bulk.outline import bbox_of_all, footprint_of
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
+from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.source import Dataset, ReadOptions
 
 STAC_VERSION = "1.1.0"
@@ -96,9 +97,18 @@ class LabelledRecord(Making):
     codebook_version: str = Field(alias=PREFIX + "codebook_version")
 
     def counts(self, k: int) -> NDArray[np.int64]:
-        """Return the patches of each of ``k`` labels, of shape (k,)."""
+        """Return the patches of each of ``k`` labels, of shape (k,).
+
+        Raises:
+            InputError: if it has others.
+        """
         counts = np.zeros(k, np.int64)
         for label, number in self.histogram.items():
+            if not (0 <= label < k and number > 0):
+                raise InputError(
+                    f"the item of {self.source!r} has {number} patches of label {label}; its codebook has labels 0 to "
+                    f"{k - 1}"
+                )
             counts[label] = number
         return counts
 
