@@ -94,7 +94,8 @@ def candidates(codebook: Codebook) -> dict[str, Measure]:
     }
     for n in (8, 16, 32, 64, 128, 256, 512):
         if n < k:
-            measures[f"Bhattacharyya, cut to {n}"] = lambda counts, cut=merged(tree, n): bhattacharyya(cut(counts))
+            fold = merged(tree, n)
+            measures[f"Bhattacharyya, cut to {n}"] = lambda counts, fold=fold: bhattacharyya(fold(counts))
     for cuts in ((16, 64, 256), (64, 256, k), (8, 16, 32, 64, 128, 256, 512, k)):
         folds = [merged(tree, n) for n in cuts if n <= k]
         measures[f"mean Bhattacharyya of cuts to {', '.join(map(str, cuts))}"] = lambda counts, folds=folds: np.mean(
@@ -112,8 +113,12 @@ def candidates(codebook: Codebook) -> dict[str, Measure]:
 
 
 def evaluate(halves: list[Half], measure: Measure) -> tuple[float, float, float, int]:
-    """Return how often the first found is of the same place, mean average precision, how often a half finds its
-    other half, and over how many halves the first two are."""
+    """Return the figures of a measure.
+
+    Returns:
+        How often the first found is of the same place, mean average precision, how often a half finds its other half,
+        and over how many halves the first two are.
+    """
     alike = measure(np.stack([half.counts for half in halves]).astype(np.float64))
     images, places = np.array([half.image for half in halves]), np.array([half.place for half in halves])
     first, precision, own = [], [], []

@@ -74,7 +74,7 @@ def smoothed(
 def _square_distances(points: NDArray[np.float64], block: slice, to_itself: float) -> NDArray[np.float64]:
     """Return the squared distance of some points to all, of shape (block, K)."""
     own = points[block]
-    square = (own**2).sum(axis=1)[:, None] + (points**2).sum(axis=1) - 2 * own @ points.T
+    square: NDArray[np.float64] = (own**2).sum(axis=1)[:, None] + (points**2).sum(axis=1) - 2 * own @ points.T
     np.maximum(square, 0, out=square)
     square[np.arange(len(own)), np.arange(block.start, block.stop)] = to_itself
     return square

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from geocentroids_tiler.bulk.command import bulk_settings
 from geocentroids_tiler.bulk.folder import LabelFolder
 from geocentroids_tiler.bulk.image_list import ListedImage, image_of
-from geocentroids_tiler.bulk.items import Histogram, LabelledRecord, item_name, labels_name, read_record
+from geocentroids_tiler.bulk.items import Histogram, LabelledRecord, labels_name, read_record
 from geocentroids_tiler.bulk.likeness import likeness
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import GeocentroidsError, InputError
