@@ -75,7 +75,7 @@ class Making(BaseModel):
 
     def difference(self, other: Making) -> str | None:
         """Say in which respect two ways to make labels differ, first this one's value; None if they do not."""
-        for name in type(self).model_fields:
+        for name in Making.model_fields:
             own, others = getattr(self, name), getattr(other, name)
             if own != others:
                 return f"{name.replace('_', ' ')} {own} instead of {others}"

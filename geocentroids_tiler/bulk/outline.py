@@ -66,8 +66,8 @@ def footprint_of(crs: CRS, transform: AffineCoefficients, width_px: int, height_
 def bbox_of_all(boxes: Iterable[Sequence[float]]) -> Bounds:
     """Return the smallest box that holds all of some.
 
-    It crosses the antimeridian (west is greater than east) only where that makes it narrower than half of the world:
-    many programs cannot draw such a box.
+    It crosses the antimeridian (west is greater than east) only where that makes it narrower than a quarter of the
+    world: many programs cannot draw such a box.
 
     Args:
         boxes: west, south, east, north in degrees of each; at least one.
@@ -82,7 +82,7 @@ def bbox_of_all(boxes: Iterable[Sequence[float]]) -> Bounds:
     gaps = np.append(start[1:], start[0] + 360) - reach
     widest = int(np.argmax(gaps))
     left, right = float(start[(widest + 1) % len(start)]), _wrapped(float(reach[widest]))
-    if left > right and 360 - gaps[widest] >= 180:
+    if left > right and 360 - gaps[widest] >= 90:
         left, right = (-180.0, 180.0) if crossing.any() else (float(west.min()), float(east.max()))
     return left, float(south.min()), right, float(north.max())
 
