@@ -61,7 +61,7 @@ def smoothed(
     k = len(points)
     blocks = [slice(start, min(k, start + _BLOCK)) for start in range(0, k, _BLOCK)]
     nearest = np.concatenate([_square_distances(points, block, to_itself=np.inf).min(axis=1) for block in blocks])
-    width = bandwidth**2 * float(np.median(nearest))
+    width = (bandwidth * float(np.median(np.sqrt(nearest)))) ** 2
     if not 0 < width < np.inf:  # one centroid, or most are doubles of others
         return shares
     result = np.zeros_like(shares)
