@@ -37,10 +37,10 @@ CORE = Affine(0.25, 0, LEFT + 1.25, 0, -0.25, TOP - 0.5)
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    for seed, (name, size) in enumerate(zip(NAMES, (260, 300, 180, 220), strict=True)):
+    for seed, (name, size) in enumerate(zip(NAMES, (150, 180, 110, 130), strict=True)):
         tags = {"": {"TIFFTAG_DATETIME": "2021:05:06 07:08:09"}} if name == "b.tif" else {}
-        write_tif(folder / name, texture(size, 240, seed), transform=CORE, photometric="RGB", tags=tags)
-    holed = texture(200, 200, 9)
+        write_tif(folder / name, texture(size, 140, seed), transform=CORE, photometric="RGB", tags=tags)
+    holed = texture(160, 160, 9)
     holed[:, 50:120, 60:150] = 0
     write_tif(folder / "hole.tif", holed, transform=CORE, nodata=0, photometric="RGB")
     (folder / "broken.tif").write_bytes((folder / "a.tif").read_bytes()[:3000])
@@ -141,7 +141,7 @@ def test_the_catalogue_is_stac(fakes: tuple[Service, FakeEncoder], images: Path,
         assert item.assets["image"].roles == ["visual"]
         with rasterio.open(item.assets["image"].href) as image:
             outline = shape(item.geometry)
-            lon, lat = transform(image.crs, "EPSG:4326", *([value] for value in image.xy(120, 90)))
+            lon, lat = transform(image.crs, "EPSG:4326", *([value] for value in image.xy(50, 60)))
             assert outline.contains(shape({"type": "Point", "coordinates": (lon[0], lat[0])}))
             assert item.assets["image"].ext.proj.shape == list(image.shape)
         assert outline.area < 0.9999 * shape(outline.envelope).area, "the outline, not its box"

@@ -27,7 +27,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     for seed in range(5):
         at = Affine(0.25, 0, LEFT + 400 * seed, 0, -0.25, TOP)
-        write_tif(folder / f"image{seed}.tif", texture(300 + 50 * seed, 340, seed), transform=at, photometric="RGB")
+        write_tif(folder / f"image{seed}.tif", texture(240 + 40 * seed, 280, seed), transform=at, photometric="RGB")
     (folder / "broken.tif").write_text("no image")
     (folder / "list.txt").write_text("".join(f"image{seed}.tif\n" for seed in range(5)))
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -11,24 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from codebooks import make_codebook
 from rasterio.transform import Affine
 from rasters import LEFT, TOP, texture, write_tif
 from ray_cluster import RAY_WARNINGS, RunningCluster, cluster
 
+from geocentroids_tiler.bulk import ray_workers
 from geocentroids_tiler.bulk.command import classify_list
+from geocentroids_tiler.bulk.folder import Failure
 from geocentroids_tiler.bulk.image_list import ListedImage, image_of
-from geocentroids_tiler.bulk.labelling import Task
-from geocentroids_tiler.bulk.ray_actor import RayWorker
+from geocentroids_tiler.bulk.labelling import Labelled, Task
+from geocentroids_tiler.bulk.ray_actor import Introduction, RayWorker, Result
 from geocentroids_tiler.bulk.ray_workers import passed_on, places_on
+from geocentroids_tiler.bulk.workers import AT_ONCE
 from geocentroids_tiler.codebook import save_codebook
-from geocentroids_tiler.distributed import Node
+from geocentroids_tiler.distributed import Node, alive_nodes, connected
 from geocentroids_tiler.errors import ClusterError
 from geocentroids_tiler.settings import Settings
 from geocentroids_tiler.source import ReadOptions
 
 pytestmark = RAY_WARNINGS
 
+PATIENCE_S = 60.0
 LIGHT: dict[str, Any] = {"threads": 1, "read_threads": 1}
 
 
@@ -38,7 +44,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[ListedImage, ...]:
     paths = [folder / f"image{seed}.tif" for seed in range(7)]
     for seed, path in enumerate(paths):
         at = Affine(0.25, 0, LEFT + 400 * seed, 0, -0.25, TOP)
-        write_tif(path, texture(260 + 30 * seed, 300, seed), transform=at, photometric="RGB")
+        write_tif(path, texture(200 + 30 * seed, 250, seed), transform=at, photometric="RGB")
     broken = folder / "broken.tif"
     broken.write_text("no image")
     return tuple(image_of(str(path)) for path in (paths[0], broken, *paths[1:]))
@@ -87,6 +93,78 @@ def test_nodes_that_differ_are_refused(nodes: Nodes, images: tuple[ListedImage, 
     assert "onnxruntime/CPUExecutionProvider/fp32" in said
     assert "openvino/CPU/" in said
     assert content(tmp_path) == {}
+
+
+class StubWorker:
+    """A worker that labels nothing; one image ends its process, and most wait until a file is there."""
+
+    def __init__(self, go: str, *_: Any) -> None:
+        self._go = Path(go)
+        self._tasks = 0
+
+    def introduce(self) -> Introduction:
+        return Introduction("1", "digest", "stub")
+
+    def progress(self) -> dict[str, int]:
+        return {}
+
+    def label(self, task: Task) -> Result:
+        self._tasks += 1
+        assert self._tasks <= AT_ONCE
+        if task.image.name == "poison":
+            time.sleep(0.2)
+            os._exit(1)
+        deadline = time.monotonic() + PATIENCE_S
+        while task.chunks <= FREE and not self._go.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.1)
+        self._tasks -= 1
+        return Result(task.image.name.encode(), {"node": ray.get_runtime_context().get_node_id()})
+
+
+FREE = 20
+"""Images larger than this wait for nothing."""
+
+
+def test_an_image_that_ends_workers_and_a_node_that_joins(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_workers, "RayWorker", StubWorker)
+    images = [image_of(f"https://x.org/{number}") for number in range(24)]
+    tasks = [Task(image, "1", number + 1) for number, image in enumerate(images)]
+    tasks.insert(3, Task(image_of("poison"), "1", FREE + 2))
+    go, added = tmp_path / "go", list[str]()
+    said: list[str] = []
+    done: list[Labelled | Failure] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        if "has a new worker" in text and any(node[:8] in text for node in added):
+            go.touch()
+
+    with connected(nodes.address) as before:
+        workers = ray_workers.RayWorkers(str(go), ReadOptions(), None, tell)
+        try:
+            workers.start(before)
+            assert workers.device_name == "stub"
+            for outcome in workers.label(tasks, tmp_path, lambda task, chunks: None):
+                done.append(outcome)
+                if len(done) == 1:
+                    nodes.running.add_node()
+                    added += [node.id for node in alive_nodes() if node not in before]
+        finally:
+            workers.close()
+    labelled = [outcome for outcome in done if isinstance(outcome, Labelled)]
+    (failure,) = [outcome for outcome in done if isinstance(outcome, Failure)]
+    assert failure.image.name == "poison"
+    assert failure.reason.startswith("3 workers ended while they had it, the last on node 127.0.0.2")
+    assert sorted(outcome.task.image.url for outcome in labelled) == sorted(image.url for image in images)
+    assert all(outcome.labels.read_bytes() == outcome.task.image.name.encode() for outcome in labelled)
+    assert len(added) == 1
+    assert added[0] in {outcome.item["node"] for outcome in labelled}
+    assert sum("lost its worker" in text for text in said) == 3
+    assert labelled[0].task.chunks > FREE, "the largest first"
 
 
 def test_a_node_that_dies_costs_nothing_but_time(nodes: Nodes, images: tuple[ListedImage, ...], tmp_path: Path) -> None:

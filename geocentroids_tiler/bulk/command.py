@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+from tqdm import tqdm
 
 from geocentroids_tiler.bulk.folder import LabelFolder
 from geocentroids_tiler.bulk.image_list import ListedImage
@@ -58,7 +61,7 @@ def classify_list(
         else:
             from geocentroids_tiler.bulk.ray_workers import ray_workers
 
-            workers = stack.enter_context(ray_workers(address, codebook, service.settings, options, classes))
+            workers = stack.enter_context(ray_workers(address, codebook, service.settings, options, classes, _tell))
         run = Run(
             images,
             folder,
@@ -71,6 +74,10 @@ def classify_list(
             progress=progress,
         )
         return run.to_the_end()
+
+
+def _tell(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
 
 
 def bulk_settings(settings: Settings) -> Settings:

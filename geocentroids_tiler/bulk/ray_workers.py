@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +58,9 @@ _PASSED_ON = frozenset(
 """Settings that workers get from the driver, beside those of sources; no secret is among either."""
 
 
+Tell = Callable[[str], object]
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a worker may be: the n-th GPU of a node, or a node without any."""
@@ -72,15 +75,23 @@ class Place:
 
 @dataclass(eq=False)
 class _Worker:
+    """A worker; ``alone``: it is to have no other image beside the one that it has."""
+
     place: Place
     actor: Any
     usable: bool = True
+    alone: bool = False
     tasks: dict[Any, Task] = field(default_factory=dict)
 
 
 @contextmanager
 def ray_workers(
-    address: str, codebook: Codebook, settings: Settings, options: ReadOptions, classes: int | None
+    address: str,
+    codebook: Codebook,
+    settings: Settings,
+    options: ReadOptions,
+    classes: int | None,
+    tell: Tell = lambda text: None,
 ) -> Iterator[RayWorkers]:
     """Connect to a cluster and start workers on it, for the length of a ``with`` block.
 
@@ -90,6 +101,7 @@ def ray_workers(
         settings: what the operator chose; those of sources and encoders are passed on.
         options: how bands become RGB.
         classes: number of classes that labels are merged to; None: none are.
+        tell: told of workers that end and come.
 
     Raises:
         InputError: if Ray is not installed or the address is none.
@@ -98,7 +110,7 @@ def ray_workers(
     name = _name_on_nodes(codebook, settings)
     with connected(address, passed_on(settings)) as nodes:
         check_agreement(nodes, f"codebook {codebook.name!r} with digest", codebook_digest, name)
-        workers = RayWorkers(name, options, classes)
+        workers = RayWorkers(name, options, classes, tell)
         try:
             workers.start(nodes)
             yield workers
@@ -113,8 +125,11 @@ class RayWorkers:
         device_name: what computes labels, the same everywhere.
     """
 
-    def __init__(self, codebook: str, options: ReadOptions, classes: int | None) -> None:
+    def __init__(
+        self, codebook: str, options: ReadOptions, classes: int | None, tell: Tell = lambda text: None
+    ) -> None:
         self.device_name = ""
+        self._tell = tell
         self._ray = import_ray()
         self._arguments = codebook, options, classes
         self._class = self._ray.remote(
@@ -168,11 +183,12 @@ class RayWorkers:
             ClusterError: if all workers have ended and no new one could be started.
         """
         waiting = deque(sorted(tasks, key=lambda task: -task.chunks))
+        again: deque[Task] = deque()
         tries: Counter[str] = Counter()
         asked: dict[Any, _Worker] = {}
         self._seen_at = time.monotonic()
-        while waiting or any(worker.tasks for worker in self._workers):
-            self._hand_out(waiting)
+        while waiting or again or any(worker.tasks for worker in self._workers):
+            self._hand_out(waiting, again)
             for worker, task, result in self._finished():
                 if isinstance(result, Result):
                     labels = work / labels_name(task.image.id)
@@ -181,11 +197,11 @@ class RayWorkers:
                 elif isinstance(result, Failure):
                     yield result
                 else:
-                    self._lose(worker)
+                    self._lose(worker, f"lost its worker, others take over: {_said(result)}")
                     progress(task, 0)
                     tries[task.image.id] += 1
                     if tries[task.image.id] < MAX_TRIES:
-                        waiting.appendleft(task)
+                        again.append(task)
                         continue
                     reason = f"{MAX_TRIES} workers ended while they had it, the last on {worker.place}: {_said(result)}"
                     yield Failure(task.image, reason)
@@ -198,13 +214,24 @@ class RayWorkers:
         for worker in [*self._workers, *self._starting.values()]:
             self._kill(worker)
 
-    def _hand_out(self, waiting: deque[Task]) -> None:
-        """Give images to workers, first to those that have least."""
+    def _hand_out(self, waiting: deque[Task], again: deque[Task]) -> None:
+        """Give images to workers, first to those that have least.
+
+        One that was lost with its worker is given to a worker that has no other: should it end that, too, it costs
+        no others.
+        """
         for held in range(AT_ONCE):
             for worker in self._workers:
-                if waiting and worker.usable and len(worker.tasks) == held:
-                    task = waiting.popleft()
-                    worker.tasks[worker.actor.label.options(concurrency_group="label").remote(task)] = task
+                if not worker.usable or worker.alone or len(worker.tasks) != held:
+                    continue
+                if again and held == 0:
+                    worker.alone = True
+                    self._give(worker, again.popleft())
+                elif waiting and not again:
+                    self._give(worker, waiting.popleft())
+
+    def _give(self, worker: _Worker, task: Task) -> None:
+        worker.tasks[worker.actor.label.options(concurrency_group="label").remote(task)] = task
 
     def _finished(self) -> list[tuple[_Worker, Task, Result | Failure | Exception]]:
         """Wait a moment, and return an image that is done, or lost with its worker.
@@ -220,6 +247,7 @@ class RayWorkers:
             return []
         worker = owner[ready[0]]
         task = worker.tasks.pop(ready[0])
+        worker.alone = False
         try:
             return [(worker, task, self._ray.get(ready[0]))]
         except self._ray.exceptions.RayError as error:
@@ -251,13 +279,16 @@ class RayWorkers:
         for ref in self._ready(self._starting):
             worker = self._starting.pop(ref)
             try:
-                agrees = self._ray.get(ref) == self._expected
-            except self._ray.exceptions.RayError:
-                agrees = False
-            if agrees:
+                found = self._ray.get(ref)
+            except self._ray.exceptions.RayError as error:
+                self._lose(worker, f"cannot start a worker: {_said(error)}")
+                continue
+            if found == self._expected:
                 self._workers.append(worker)
+                self._tell(f"{worker.place} has a new worker")
             else:
-                self._lose(worker)
+                self._ends[_key(worker.place)] = MAX_ENDS
+                self._lose(worker, f"gets no work: it is {found}, others are {self._expected}")
         now = time.monotonic()
         if any(worker.usable for worker in self._workers):
             self._seen_at = now
@@ -286,9 +317,10 @@ class RayWorkers:
         self._starting[ref] = _Worker(place, actor)
         return ref
 
-    def _lose(self, worker: _Worker) -> None:
+    def _lose(self, worker: _Worker, why: str) -> None:
         """Give a worker nothing more; its images are found out to be lost one by one."""
         if worker.usable:
+            self._tell(f"{worker.place} {why}")
             worker.usable = False
             self._ends[_key(worker.place)] += 1
             self._kill(worker)
