@@ -93,6 +93,7 @@ class Run:
                 for outcome in outcomes:
                     if isinstance(outcome, Labelled):
                         self._folder.keep(outcome.task.image, outcome.labels, outcome.item)
+                        bars.show(outcome.task, outcome.task.chunks)
                         bars.end(outcome.task.image)
                     else:
                         failed[outcome.image] = outcome
@@ -143,7 +144,7 @@ class _Bar:
             self._move(task.image, done)
 
     def end(self, image: ListedImage) -> None:
-        """Show that an image is done with; chunks that it turned out not to have are not waited for."""
+        """Show that an image is done with; of one that failed, the other chunks are not waited for any more."""
         with self._lock:
             self._ended += 1
             self._bar.total = (self._bar.total or 0) + self._shown[image] - self._chunks[image]
