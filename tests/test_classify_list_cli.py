@@ -62,6 +62,23 @@ def test_a_list_with_a_broken_image_and_one_named_twice(images: Path, tmp_path: 
     assert [entry["image"] for entry in listed] == ["broken.tif", "http://nowhere.example/x.tif"]
 
 
+def test_an_image_that_is_labelled_to_be_compared(
+    images: Path, tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    """A copy of an image is most like that, and an image of the folder needs no labelling."""
+    for name, data in uninterrupted.items():
+        (tmp_path / name).write_bytes(data)
+    copy = tmp_path / "copy.tif"
+    copy.write_bytes((images / "image3.tif").read_bytes())
+    found = CliRunner().invoke(main, ["similar", str(copy), str(tmp_path), "--json"])
+    best = json.loads(found.stdout)
+    assert [one["source"] for one in best][0] == str(images / "image3.tif")
+    assert best[0]["likeness"] == 1
+    assert len(best) == 5
+    same = CliRunner().invoke(main, ["similar", str(images / "image3.tif"), str(tmp_path), "--json", "--top", "10"])
+    assert json.loads(same.stdout) == best[1:]
+
+
 def test_options_that_do_not_go_together(images: Path, tmp_path: Path) -> None:
     file, out = images / "list.txt", tmp_path / "out"
 
