@@ -72,7 +72,7 @@ def test_an_image_that_is_labelled_to_be_compared(
     copy.write_bytes((images / "image3.tif").read_bytes())
     found = CliRunner().invoke(main, ["similar", str(copy), str(tmp_path), "--json"])
     best = json.loads(found.stdout)
-    assert [one["source"] for one in best][0] == str(images / "image3.tif")
+    assert best[0]["source"] == str(images / "image3.tif")
     assert best[0]["likeness"] == 1
     assert len(best) == 5
     same = CliRunner().invoke(main, ["similar", str(images / "image3.tif"), str(tmp_path), "--json", "--top", "10"])
