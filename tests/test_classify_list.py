@@ -14,6 +14,7 @@ import pytest
 import rasterio
 from fakes import FakeEncoder, brute_force, fake_service, open_image, write_codebooks
 from httpd import Served, serve
+from pyproj import CRS
 from pystac.validation import RegisteredValidator
 from rasterio.transform import Affine
 from rasterio.warp import transform
@@ -156,6 +157,29 @@ def test_the_catalogue_is_stac(fakes: tuple[Service, FakeEncoder], images: Path,
     boxes = np.array([item.bbox for item in items])
     assert [west, south] == list(boxes[:, :2].min(axis=0))
     assert [east, north] == list(boxes[:, 2:].max(axis=0))
+
+
+def test_places_that_are_out_of_the_ordinary(fakes: tuple[Service, FakeEncoder], tmp_path: Path) -> None:
+    """An image across the antimeridian, and one whose CRS has no code; their items are valid STAC."""
+    pixels = texture(120, 140)
+    across, nameless = Affine(0.25, 0, 817_570, 0, -0.25, 8_000_000), "+proj=utm +zone=21 +south +ellps=intl +units=m"
+    write_tif(tmp_path / "across.tif", pixels, crs="EPSG:32760", transform=across, gsd_m=0.25, photometric="RGB")
+    write_tif(tmp_path / "nameless.tif", pixels, crs=nameless, photometric="RGB")
+    out = tmp_path / "out"
+    assert not run(fakes[0], listed(tmp_path, "across.tif", "nameless.tif"), out).failures
+    validator = RegisteredValidator.get_validator()
+    for name in ("across", "nameless"):
+        validator.validate_core(item_of(out, name), pystac.STACObjectType.ITEM, "1.1.0")
+    item = item_of(out, "across")
+    assert item["geometry"]["type"] == "MultiPolygon"
+    assert item["bbox"][0] > 179.99
+    assert item["bbox"][2] < -179.99
+    item = item_of(out, "nameless")
+    assert item["properties"]["proj:code"] is None
+    assert item["assets"]["image"]["proj:code"] is None
+    stated = CRS.from_wkt(item["properties"]["proj:wkt2"])
+    with rasterio.open(out / item["assets"]["labels"]["href"]) as raster:
+        assert stated == CRS.from_wkt(raster.crs.to_wkt())
 
 
 def test_a_second_run_computes_nothing(fakes: tuple[Service, FakeEncoder], images: Path, tmp_path: Path) -> None:

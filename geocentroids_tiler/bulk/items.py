@@ -310,7 +310,7 @@ def _time(taken_at: datetime | None) -> dict[str, str | None]:
 
 def _projection(crs: CRS, shape: tuple[int, int], transform: Sequence[float]) -> dict[str, Any]:
     """Return the fields of the projection extension."""
-    authority = crs.to_authority()
+    authority = crs.to_authority(min_confidence=100)  # with less, any other datum with the same ellipsoid would do
     code = None if authority is None else ":".join(authority)
     return {
         "proj:code": code,
