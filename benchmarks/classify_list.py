@@ -1,8 +1,8 @@
 """A list of images on a Ray cluster: one worker against two, and one that is killed at half time.
 
-The cluster's nodes are processes of this machine, each with one CPU and an encoder of one thread, and talk over the
-loopback interface; so two workers can be twice as fast where two cores are free. The images are squares cut from the
-sample scene. Every run's folder is compared with that of a run in this process, byte by byte.
+The cluster's nodes are processes of this machine, each kept to one core of its own with an encoder of one thread, and
+talk over the loopback interface; so two workers can be twice as fast where two cores are free. The images are squares
+cut from the sample scene. Every run's folder is compared with that of a run in this process, byte by byte.
 
     python benchmarks/classify_list.py [--images 12] [--size 500]
 """
@@ -14,7 +14,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import rasterio
@@ -59,6 +60,17 @@ def cut(scene: Path, folder: Path, count: int, size_px: int) -> list[ListedImage
     return images
 
 
+@contextmanager
+def on_core(number: int) -> Iterator[None]:
+    """Keep processes that are started in a ``with`` block to one core of those that this one may use."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(allowed)[number % len(allowed)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def on_cluster(
     images: list[ListedImage],
     out: Path,
@@ -70,8 +82,12 @@ def on_cluster(
     from ray.cluster_utils import Cluster
 
     options = {"node_ip_address": LOOPBACK, "object_store_memory": 256 * 2**20, "num_cpus": 1}
-    cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
-    added: list[object] = [cluster.add_node(**options) for _ in range(nodes - 1)]
+    with on_core(0):
+        cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
+    added: list[object] = []
+    for number in range(1, nodes):
+        with on_core(number):
+            added.append(cluster.add_node(**options))
     codebook = find_codebook(settings.codebook, settings.codebooks_dir)
     remote, folder = open_remote(settings), LabelFolder(out)
     try:
