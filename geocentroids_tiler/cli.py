@@ -10,6 +10,7 @@ import click
 
 from geocentroids_tiler import __version__
 from geocentroids_tiler.commands import classify, demo, info, serve, sign
+from geocentroids_tiler.commands_bulk import similar
 from geocentroids_tiler.errors import GeocentroidsError
 from geocentroids_tiler.settings import load_settings
 
@@ -57,7 +58,7 @@ def main(debug: bool) -> None:
     """Map tiles that show what is in an overhead image: every patch of ground in the colour of its class."""
 
 
-for command in (demo, serve, sign, classify, info):
+for command in (demo, serve, sign, classify, similar, info):
     main.add_command(command)
 
 

@@ -138,17 +138,30 @@ def sign(url: str, lifetime: str | None, base: str | None) -> None:
 
 
 @click.command()
-@click.argument("src")
+@click.argument("src", required=False)
 @click.argument("dst", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--list",
+    "list_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Label all images of a text file, a URL or path in each line; in place of SRC and DST.",
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the labels of a list.")
+@click.option("--ray", "address", help="Let a Ray cluster label the list: HOST:PORT, auto, or local.")
 @codebook_option
 @click.option("--classes", type=click.IntRange(1, 65535), help="Merge the labels to this many classes.")
 @bidx_option
 @rescale_option
 @labels_option
-@click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace DST if it exists, or labels of a list that were made in another way."
+)
 def classify(
-    src: str,
+    src: str | None,
     dst: Path | None,
+    list_file: Path | None,
+    out: Path | None,
+    address: str | None,
     codebook: str | None,
     classes: int | None,
     bidx: str | None,
@@ -160,7 +173,66 @@ def classify(
 
     With a folder of labels (--labels or GEOCENTROIDS_LABELS_DIR) they are kept there too, unless they are merged; a
     server with that folder then computes none of them. DST may be left out.
+
+    With --list FILE --out DIR all images of a list are labelled, and DIR gets their labels and a STAC catalogue. A run
+    that was ended goes on where it stopped when it is started again.
     """
+    if list_file is not None:
+        if src is not None or labels is not None:
+            given = "SRC" if src is not None else "--labels"
+            raise InputError(f"{given} and --list exclude each other; with --list, labels go to the folder --out")
+        if out is None:
+            raise InputError("--out is missing: name a folder for the labels of the list")
+        _classify_list(list_file, out, address, codebook, classes, read_options(bidx, rescale), overwrite)
+        return
+    if src is None:
+        raise InputError("SRC is missing: name an image, or a list of images with --list")
+    if out is not None or address is not None:
+        raise InputError(f"{'--ray' if out is None else '--out'} goes with --list; for one image name SRC and DST only")
+    _classify_one(src, dst, codebook, classes, bidx, rescale, labels, overwrite)
+
+
+def _classify_list(
+    list_file: Path,
+    out: Path,
+    address: str | None,
+    codebook: str | None,
+    classes: int | None,
+    options: ReadOptions,
+    overwrite: bool,
+) -> None:
+    """Label the images of a list, and say at the end what failed."""
+    from geocentroids_tiler.bulk.command import classify_list
+    from geocentroids_tiler.bulk.image_list import read_list
+
+    images = read_list(list_file)
+    for again in images.repeated:
+        click.echo(
+            f"Warning: line {again.line} of {list_file} names {again.name!r} again, after line {again.first}; it is "
+            "done once",
+            err=True,
+        )
+    report = classify_list(images.images, out, load_settings(codebook=codebook), options, classes, address, overwrite)
+    click.echo(
+        f"{out}: {report.labelled} labelled, {report.reused} there already, {len(report.failures)} failed", err=True
+    )
+    for failure in report.failures:
+        click.echo(f"line {failure.image.line}, {failure.image.name}: {failure.reason}", err=True)
+    if report.failures:
+        raise click.exceptions.Exit(1)
+
+
+def _classify_one(
+    src: str,
+    dst: Path | None,
+    codebook: str | None,
+    classes: int | None,
+    bidx: str | None,
+    rescale: str | None,
+    labels: Path | None,
+    overwrite: bool,
+) -> None:
+    """Label one image."""
     from tqdm import tqdm
 
     from geocentroids_tiler.labels.export import check_unchanged, strips
