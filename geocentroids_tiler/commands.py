@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import math
@@ -271,19 +272,14 @@ def _classify_one(
 @rescale_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(src: str, codebook: str | None, bidx: str | None, rescale: str | None, as_json: bool) -> None:
-    """Say how SRC (a URL or a file) lies on the ground grid, and what labelling it would cost."""
-    import morecantile
+    """Say how SRC (a URL or a file) lies on the ground grid, and what labelling it would cost.
 
-    from geocentroids_tiler.handlers import zooms_of
-    from geocentroids_tiler.responses import image_info
-
-    service, dataset, engine = _open(src, codebook, bidx, rescale)
+    SRC may be an image, or a document that names many: a list, a MosaicJSON, STAC items or a search.
+    """
+    options = read_options(bidx, rescale)
+    service, url = _service_for(src, codebook)
     try:
-        tms = morecantile.tms.get("WebMercatorQuad")
-        kept = None if service.kept is None else service.kept.find(dataset, engine.codebook)
-        seconds = engine.seconds_per_chunk if kept is None else 0.0
-        zooms = zooms_of(service, dataset, engine.codebook, seconds, tms)
-        found = image_info(dataset, engine, zooms, kept).model_dump(mode="json")
+        found = asyncio.run(_described(service, url, options))
     finally:
         service.close()
     if as_json:
@@ -291,6 +287,18 @@ def info(src: str, codebook: str | None, bidx: str | None, rescale: str | None, 
     else:
         for line in _lines(found):
             click.echo(line)
+
+
+async def _described(service: Service, url: str, options: ReadOptions) -> dict[str, Any]:
+    """Describe an image or a mosaic as the route does."""
+    import morecantile
+
+    from geocentroids_tiler.descriptions import describe
+    from geocentroids_tiler.grounds import open_layer
+    from geocentroids_tiler.params import LayerParams
+
+    found = await open_layer(service, url, LayerParams(None, options.bidx, options.rescale))
+    return (await describe(service, found, morecantile.tms.get("WebMercatorQuad"))).model_dump(mode="json")
 
 
 def check_port(host: str, port: int) -> None:
@@ -306,16 +314,9 @@ def check_port(host: str, port: int) -> None:
 def _open(
     src: str, codebook: str | None, bidx: str | None, rescale: str | None, labels: Path | None = None
 ) -> tuple[Service, Dataset, LabelEngine]:
-    """Open a URL, or a file wherever it is: on the command line the user is the operator."""
-    from geocentroids_tiler.labels.service import Service
-
+    """Open an image, a URL or a file."""
     options = read_options(bidx, rescale)
-    settings = load_settings(codebook=codebook, labels_dir=labels)
-    url = src
-    if not src.lower().startswith(("http:", "https:")):
-        root, url = as_served(Path(src), settings.root)
-        settings = load_settings(codebook=codebook, labels_dir=labels, root=root)
-    service = Service(settings)
+    service, url = _service_for(src, codebook, labels)
     try:
         chosen = service.codebook(None)
         dataset = service.dataset(url, options, chosen).result()
@@ -323,6 +324,18 @@ def _open(
     except GeocentroidsError:
         service.close()
         raise
+
+
+def _service_for(src: str, codebook: str | None, labels: Path | None = None) -> tuple[Service, str]:
+    """Return what opens a URL, or a file wherever it is: on the command line the user is the operator."""
+    from geocentroids_tiler.labels.service import Service
+
+    settings = load_settings(codebook=codebook, labels_dir=labels)
+    url = src
+    if not src.lower().startswith(("http:", "https:")):
+        root, url = as_served(Path(src), settings.root)
+        settings = load_settings(codebook=codebook, labels_dir=labels, root=root)
+    return Service(settings), url
 
 
 def as_served(file: Path, root: Path | None) -> tuple[Path, str]:
@@ -431,6 +444,9 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     for key, item in value.items():
         if isinstance(item, dict):
             lines += [f"{indent}{key}:", *_lines(item, indent + "  ")]
+        elif isinstance(item, list) and item and isinstance(item[0], dict):
+            lines.append(f"{indent}{key}:")
+            lines += [indent + "  " + ", ".join(f"{name} {part}" for name, part in each.items()) for each in item]
         else:
             shown = ", ".join(map(str, item)) if isinstance(item, list | tuple) else item
             lines.append(f"{indent}{key}: {shown}")

@@ -73,6 +73,17 @@ def test_an_existing_file_is_kept(image: Path, tmp_path: Path) -> None:
     assert kept.read_bytes() != b"mine"
 
 
+def test_info_of_many_images(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{image.name}\nnone.tif")
+    (tmp_path / image.name).write_bytes(image.read_bytes())
+    found = json.loads(run("info", tmp_path / "list.txt", "--json").stdout)
+    assert (found["kind"], found["images"]) == ("mosaic", 2)
+    assert found["problems"] == [{"url": "none.tif", "reason": "cannot open 'none.tif'"}]
+    text = run("info", tmp_path / "list.txt").stdout
+    assert "problems:\n  url none.tif, reason cannot open 'none.tif'" in text
+    assert "cannot open" in error_of(run("info", tmp_path / "missing.json"))
+
+
 @pytest.mark.parametrize("command", ["info", "classify"])
 def test_bad_input(command: str, image: Path, tmp_path: Path) -> None:
     rest = [tmp_path / "out.tif"] if command == "classify" else []
