@@ -78,6 +78,18 @@ class Region:
         lon, lat = project(self.crs, WGS84, (left + right) / 2, (bottom + top) / 2)
         return float(lon), float(lat)
 
+    @property
+    def geographic_bounds(self) -> Bounds | None:
+        """West, south, east, north in degrees of a rectangle that holds it; None if it has no place on Earth."""
+        left, bottom, right, top = self.bounds
+        try:
+            edge = outline(self.crs, (right - left, 0, left, 0, bottom - top, top), 1, 1, WGS84)
+        except UnsupportedImageError:
+            return None
+        (west, south), (east, north) = edge.min(axis=0), edge.max(axis=0)
+        slack = 0.02 * max(east - west, north - south)  # edges bend between the points of the outline
+        return float(west - slack), float(south - slack), float(east + slack), float(north + slack)
+
     def near(self, grid: Grid, footprint: PatchRange) -> PatchRange:
         """Return a rectangle of patches that is sure to hold its part inside ``footprint``."""
         return _candidates(self.bounds, self.crs, grid, footprint)

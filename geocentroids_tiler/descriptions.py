@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from morecantile import TileMatrixSet
 
 from geocentroids_tiler.codebook import NODATA_LABEL
-from geocentroids_tiler.errors import UnsupportedImageError
 from geocentroids_tiler.grid import WGS84, Grid, PatchRange, project
 from geocentroids_tiler.grounds import Opened
 from geocentroids_tiler.handlers import zooms_of
@@ -28,37 +29,53 @@ async def describe(service: Service, found: Opened, tms: TileMatrixSet) -> Image
     return mosaic_info(found.layer, found.engine, extent, zooms, found.read.overlap, problems)
 
 
-async def label_at(service: Service, found: Opened, lon: float, lat: float) -> tuple[int, float, str | None]:
-    """Return the label of the patch at a place, 65535 for none, its similarity, and of a mosaic the image it is from.
+@dataclass(frozen=True)
+class LabelAt:
+    """The label of the patch at a place.
+
+    Attributes:
+        label: 65535 for none.
+        similarity: how well it fits.
+        image: of a mosaic, the image that it is from.
+        missing: how many images of a mosaic could not be read.
+    """
+
+    label: int = NODATA_LABEL
+    similarity: float = 0.0
+    image: str | None = None
+    missing: int = 0
+
+
+async def label_at(service: Service, found: Opened, lon: float, lat: float) -> LabelAt:
+    """Return the label of the patch at a place.
 
     Raises:
         BusyError: if it cannot be computed now or in time.
     """
-    nothing = NODATA_LABEL, 0.0, None
     timeout_s = service.settings.request_timeout_s
     if found.image is not None:
         dataset = found.image.dataset
         patch = _patch_at(dataset.grid, lon, lat).intersect(dataset.footprint)
         if patch.empty:
-            return nothing
+            return LabelAt()
         block = await found.image.block_async(patch, service.working, timeout_s=timeout_s)
-        return int(block.labels[0, 0]), float(block.similarity[0, 0]), None
+        return LabelAt(int(block.labels[0, 0]), float(block.similarity[0, 0]))
     if not isinstance(found.layer, Mosaic):
-        return nothing
+        return LabelAt()
     code = found.layer.zone_at(lon, lat)
     zone = next((zone for zone in found.layer.zones if zone.code == code), None)
     if zone is None:
-        return nothing
+        return LabelAt()
     patch = _patch_at(zone.grid, lon, lat).intersect(zone.footprint)
     if patch.empty:
-        return nothing
-    part = await open_part(service, found.layer, code, zone.grid, patch, found.read, found.codebook)
+        return LabelAt()
+    limit = service.settings.mosaic_opened
+    part = await open_part(service, found.layer, code, zone.grid, patch, found.read, found.codebook, limit)
     merged, origin, missing = await part.labels(service, patch, service.working, timeout_s=timeout_s)
     number = int(origin[0, 0])
-    if number < 0 and missing:
-        raise UnsupportedImageError(f"{missing[0]!r}, an image of the mosaic that lies there, cannot be read")
     image = None if number < 0 else part.images[number].dataset.source.url
-    return int(merged.labels[0, 0]), float(merged.similarity[0, 0]), image
+    lacking = len(missing) + len(found.layer.problems)
+    return LabelAt(int(merged.labels[0, 0]), float(merged.similarity[0, 0]), image, lacking)
 
 
 def _patch_at(grid: Grid, lon: float, lat: float) -> PatchRange:

@@ -33,6 +33,18 @@ class MosaicError(GeocentroidsError):
     """A document was read, but it does not name images in a way that can be used."""
 
 
+class TooManyImagesError(InputError):
+    """A request needs more images of a mosaic than one may open.
+
+    Attributes:
+        count: how many.
+    """
+
+    def __init__(self, count: int, limit: int) -> None:
+        super().__init__(f"{count} images of the mosaic lie there; one request opens at most {limit}: ask for less")
+        self.count = count
+
+
 class CodebookError(GeocentroidsError):
     """A codebook is missing a part, or a part of it is wrong."""
 

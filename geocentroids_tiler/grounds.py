@@ -11,7 +11,7 @@ import numpy as np
 from geocentroids_tiler.area import Area, Region, patches_of_zone
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import InputError, UnsupportedImageError
-from geocentroids_tiler.grid import Grid, PatchRange, grid_in, parse_crs
+from geocentroids_tiler.grid import WGS84, Grid, PatchRange, grid_in, parse_crs, project
 from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
 from geocentroids_tiler.labels.reading import DatasetLabels
 from geocentroids_tiler.labels.service import Service
@@ -64,18 +64,24 @@ async def open_layer(service: Service, url: str, read: LayerParams) -> Opened:
 
 
 class Budget:
-    """How many chunks one request may still need."""
+    """What one request may still need: chunks, and images of mosaics."""
 
     def __init__(self, service: Service) -> None:
-        self._max = service.settings.max_chunks
-        self._spent = 0
+        self._chunks = self._max_chunks = service.settings.max_chunks
+        self._images = service.settings.mosaic_opened
+
+    @property
+    def images(self) -> int:
+        """Images that it may still open."""
+        return self._images
 
     def check(self, patches: PatchRange, stride_patches: int) -> None:
-        """Raise InputError if patches, with all that was spent, are too many."""
+        """Raise InputError if patches are too many."""
         rows, cols = patches.chunk_range(stride_patches).shape
-        if self._spent + rows * cols > self._max:
+        if rows * cols > self._chunks:
+            needed = self._max_chunks - self._chunks + rows * cols
             raise InputError(
-                f"the area needs {self._spent + rows * cols} chunks; this server computes at most {self._max} in one "
+                f"the area needs {needed} chunks; this server computes at most {self._max_chunks} in one "
                 "request. Split it, or use geocentroids classify"
             )
 
@@ -83,7 +89,11 @@ class Budget:
         """Take the chunks of patches off what is left; raises as ``check`` does."""
         self.check(patches, stride_patches)
         rows, cols = patches.chunk_range(stride_patches).shape
-        self._spent += rows * cols
+        self._chunks -= rows * cols
+
+    def open(self, images: int) -> None:
+        """Take images off what is left."""
+        self._images -= images
 
 
 @dataclass(frozen=True)
@@ -94,11 +104,13 @@ class Ground:
         grid: the grid.
         area: which patches.
         source: where their labels come from.
+        budget: of the request.
     """
 
     grid: Grid
     area: Area
     source: DatasetLabels | MosaicPart
+    budget: Budget
 
     async def labels(self, service: Service, timeout_s: float) -> tuple[LabelBlock, Sequence[str]]:
         """Return the labels of ``area.patches``, and the images that could not be read.
@@ -109,8 +121,19 @@ class Ground:
         over, pool, patches = service.closing.is_set, service.exporting, self.area.patches
         if isinstance(self.source, DatasetLabels):
             return await self.source.every_patch(patches, pool, timeout_s=timeout_s, over=over), ()
-        block, _, missing = await self.source.labels(service, patches, pool, timeout_s=timeout_s, over=over)
-        return block, missing
+        unplaced = [problem.url for problem in self.source.mosaic.problems]
+        if self.area.empty:
+            return LabelBlock.empty(patches), (*self.source.missing, *unplaced)
+
+        stride = self.source.images[0].engine.layout.stride_patches if self.source.images else 1
+
+        def spend(part: PatchRange) -> None:
+            self.budget.spend(part, stride)
+
+        block, _, missing = await self.source.labels(
+            service, patches, pool, timeout_s=timeout_s, over=over, spend=spend
+        )
+        return block, (*missing, *unplaced)
 
 
 async def ground_of_export(service: Service, found: Opened, region: Region, budget: Budget) -> Ground | None:
@@ -123,13 +146,14 @@ async def ground_of_export(service: Service, found: Opened, region: Region, budg
         return await _of_image(service, found.image, region, budget)
     mosaic = _mosaic_of(found)
     lon, lat = region.centre
-    if not (np.isfinite(lon) and np.isfinite(lat)):
+    bounds = region.geographic_bounds
+    if bounds is None or not (np.isfinite(lon) and np.isfinite(lat)):
         return None
     try:
-        zone = await run(service.exporting, mosaic.on_grid, mosaic.zone_at(lon, lat))
+        zone = await run(service.exporting, mosaic.on_grid, mosaic.zone_at(lon, lat), bounds)
     except (InputError, UnsupportedImageError):  # the poles, and the other side of the world
         return None
-    return await _of_mosaic(service, found, mosaic, zone, region, budget, split=False)
+    return None if zone is None else await _of_mosaic(service, found, mosaic, zone, region, budget, split=False)
 
 
 async def grounds_of_statistics(service: Service, found: Opened, region: Region, budget: Budget) -> list[Ground]:
@@ -159,7 +183,7 @@ async def _of_image(service: Service, labels: DatasetLabels, region: Region, bud
     dataset = labels.dataset
     area = await run(service.exporting, region.on, dataset.grid, dataset.footprint)
     budget.spend(area.patches, labels.engine.layout.stride_patches)
-    return Ground(dataset.grid, area, labels)
+    return Ground(dataset.grid, area, labels, budget)
 
 
 async def _of_mosaic(
@@ -171,8 +195,8 @@ async def _of_mosaic(
     if near.empty:
         return None
     budget.check(near, stride)  # before a mask of them is made
-    part = await open_part(service, mosaic, zone.code, zone.grid, near, found.read, found.codebook)
-    grid = _scaled(zone, region)
+    part = await open_part(service, mosaic, zone.code, zone.grid, near, found.read, found.codebook, budget.images)
+    budget.open(len(part.images) + len(part.missing))
 
     def area() -> Area:
         whole = region.on(zone.grid, part.covered)
@@ -182,15 +206,17 @@ async def _of_mosaic(
         return whole
 
     selected = await run(service.exporting, area)
-    if selected.empty:
+    if selected.empty and not part.missing:
         return None
-    budget.spend(selected.patches, stride)
-    return Ground(grid, selected, part)
+    budget.check(selected.patches, stride)
+    return Ground(_scaled(zone, selected.patches), selected, part, budget)
 
 
-def _scaled(zone: Zone, region: Region) -> Grid:
-    """Return a zone's grid with the areal scale of a region's centre, as far as that lies where the grid is true."""
+def _scaled(zone: Zone, patches: PatchRange) -> Grid:
+    """Return a zone's grid with the areal scale of the middle of some patches."""
+    left, bottom, right, top = zone.grid.bounds_of(patches)
+    lon, lat = project(zone.grid.crs, WGS84, (left + right) / 2, (bottom + top) / 2)
     try:
-        return grid_in(parse_crs(zone.code), *region.centre, zone.grid.patch_m)
+        return grid_in(parse_crs(zone.code), float(lon), float(lat), zone.grid.patch_m)
     except UnsupportedImageError:
         return zone.grid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from geocentroids_tiler.errors import (
     SourceChangedError,
     SourceRefusedError,
     SourceUnavailableError,
+    TooManyImagesError,
     UnsupportedImageError,
 )
 from geocentroids_tiler.grid import Grid, PatchRange
@@ -127,7 +129,7 @@ class MosaicPart:
         return (self.code, self.overlap, *images)
 
     @property
-    def opened(self) -> bool:
+    def any_image(self) -> bool:
         """True if there is an image there, be it one that cannot be read."""
         return bool(self.images or self.missing)
 
@@ -167,6 +169,7 @@ class MosaicPart:
         rank: Rank | None = None,
         timeout_s: float,
         over: Callable[[], bool] = lambda: False,
+        spend: Callable[[PatchRange], None] = lambda patches: None,
     ) -> tuple[LabelBlock, NDArray[np.int32], tuple[str, ...]]:
         """Return the labels of some of the patches.
 
@@ -175,8 +178,9 @@ class MosaicPart:
             patches: which ones; within ``patches`` of the part.
             pool: threads that may read kept labels.
             rank: how urgent it is; None: as urgent as the newest request.
-            timeout_s: longest time to wait.
+            timeout_s: longest time to wait for all of them.
             over: asked at each chunk that is computed whether the server ends.
+            spend: told what is read of each image; what it raises ends the work.
 
         Returns:
             The labels; the number among ``images`` of the one that each is from, -1 for none; and the addresses of
@@ -186,11 +190,14 @@ class MosaicPart:
             BusyError: if too much is asked for at once, the time is over or the server ends.
         """
         broken: list[str] = []
+        deadline_s = time.monotonic() + timeout_s  # one for all: some wait for others
 
         async def read(number: int, part: PatchRange) -> LabelBlock | None:
             image = self.images[number]
+            spend(part)
+            left_s = max(0.0, deadline_s - time.monotonic())
             try:
-                return await image.every_patch(part, pool, rank=rank, timeout_s=timeout_s, over=over)
+                return await image.every_patch(part, pool, rank=rank, timeout_s=left_s, over=over)
             except BROKEN as error:
                 url = image.dataset.source.url
                 service.mosaics.note(self.mosaic, url, str(error))
@@ -203,18 +210,6 @@ class MosaicPart:
         return block, origin, (*self.missing, *broken)
 
 
-class TooManyImagesError(InputError):
-    """A request needs more images of a mosaic than one may open.
-
-    Attributes:
-        count: how many.
-    """
-
-    def __init__(self, count: int, limit: int) -> None:
-        super().__init__(f"{count} images of the mosaic lie there; one request opens at most {limit}: ask for less")
-        self.count = count
-
-
 async def open_part(
     service: Service,
     mosaic: Mosaic,
@@ -223,6 +218,7 @@ async def open_part(
     patches: PatchRange,
     read: LayerParams,
     codebook: Codebook,
+    limit: int,
 ) -> MosaicPart:
     """Open the images of a mosaic that lie under a rectangle of patches.
 
@@ -234,12 +230,12 @@ async def open_part(
         patches: the rectangle.
         read: how they are read.
         codebook: what they are opened for.
+        limit: the most images.
 
     Raises:
         TooManyImagesError: if there are too many.
     """
     numbers = mosaic.under(patches, grid, read.overlap)
-    limit = service.settings.mosaic_opened
     if len(numbers) > limit:
         raise TooManyImagesError(len(numbers), limit)
     urls = [mosaic.members[number].url for number in numbers]

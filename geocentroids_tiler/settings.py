@@ -118,10 +118,13 @@ class Settings(BaseSettings):
         default=None, description="http URL of a proxy for all sources; none: none, whatever the environment says"
     )
     mosaic_images: int = Field(
-        default=20_000, ge=1, le=1_000_000, description="images of a mosaic; one that names more is refused"
+        default=20_000, ge=1, le=100_000, description="images of a mosaic; one that names more is refused"
     )
     mosaic_bytes: int = Field(
-        default=32 * MIB, ge=1024, le=1024 * MIB, description="size of a mosaic's document, or of a page of a search"
+        default=32 * MIB,
+        ge=1024,
+        le=1024 * MIB,
+        description="size of a mosaic's document, unpacked, or of all pages of a search",
     )
     mosaic_unplaced: int = Field(
         default=500, ge=0, le=100_000, description="images opened to learn where they lie, if a mosaic does not say"

@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Classes, Codebook
+from geocentroids_tiler.errors import TooManyImagesError
 from geocentroids_tiler.handlers import EMPTY_CACHE_CONTROL, MISSING_HEADER, empty_tile, while_connected, zooms_of
 from geocentroids_tiler.hot import HotTiles
 from geocentroids_tiler.labels.batching import Rank
@@ -23,7 +24,7 @@ from geocentroids_tiler.labels.kept import KeptBlock
 from geocentroids_tiler.labels.meters import timed
 from geocentroids_tiler.labels.reading import DatasetLabels
 from geocentroids_tiler.labels.service import Service
-from geocentroids_tiler.layers import Layer, MosaicPart, TooManyImagesError, find_engine, find_labels, open_part, run
+from geocentroids_tiler.layers import Layer, MosaicPart, find_engine, find_labels, open_part, run
 from geocentroids_tiler.mosaic import Mosaic, Zone
 from geocentroids_tiler.params import LayerParams
 from geocentroids_tiler.render import MEDIA_TYPE, ImageFormat, Style
@@ -31,8 +32,10 @@ from geocentroids_tiler.source import ReadOptions
 from geocentroids_tiler.tiles import TileCache, TileKey, TileView, draw_tile, draw_zones, pixel_places, tile_view
 
 MAX_MINZOOMS = 1024
-MAX_MOSAIC_PATCHES = 2**24
-"""Patches of a tile of a mosaic, which has no overviews: 17 million, 100 MB."""
+MAX_MOSAIC_PATCHES = 2**22
+"""Patches of a tile of a mosaic, which has no overviews: 4 million, 25 MB."""
+OPENED_BELOW_MINZOOM = 16
+"""Images that are opened to see whether a tile below minzoom has its labels at hand."""
 OUTLINE_PX = 16
 """Places a side of a tile that are looked at to find out which grids it touches."""
 
@@ -112,7 +115,7 @@ class TileAnswers:
         service = self._service
         shown: ShownImage | ShownMosaic
         if isinstance(wanted.layer, Mosaic):
-            opened = await self._open_mosaic(wanted, wanted.layer)
+            opened = await while_connected(service, request, self._open_mosaic(wanted, wanted.layer))
             if isinstance(opened, str):
                 return empty_tile(wanted.size_px, wanted.image_format, opened)
             shown = opened
@@ -120,6 +123,8 @@ class TileAnswers:
             shown = ShownImage(service, await find_labels(service, wanted.layer, wanted.codebook))
         key = self._key(wanted, shown)
         headers = {"ETag": key.etag, "Cache-Control": service.settings.cache_control}
+        if shown.unplaced:  # they may lie here, and may be found any time
+            headers |= {"Cache-Control": EMPTY_CACHE_CONTROL, MISSING_HEADER: str(shown.unplaced)}
         timing.mark("open")
         if not shown.missing and key.etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
@@ -136,11 +141,12 @@ class TileAnswers:
                 return empty_tile(wanted.size_px, wanted.image_format, made)
             content, missing = made
             if missing:  # not the tile that it would be, so it is nobody's to keep for long
-                incomplete = {"Cache-Control": EMPTY_CACHE_CONTROL, MISSING_HEADER: str(len(missing))}
+                count = len(missing) + shown.unplaced
+                incomplete = {"Cache-Control": EMPTY_CACHE_CONTROL, MISSING_HEADER: str(count)}
                 return Response(content, media_type=media_type, headers={**incomplete, "Server-Timing": str(timing)})
             self.cache.put(key, content)
         fresh_until_s = shown.fresh_until(wanted)
-        if fresh_until_s is not None:
+        if fresh_until_s is not None and not shown.unplaced:
             known = {**headers, "Content-Type": media_type, "Server-Timing": "cache;desc=hit"}
             self._hot.remember(request.scope, key, known, fresh_until_s, self.cache)
         return Response(content, media_type=media_type, headers={**headers, "Server-Timing": str(timing)})
@@ -196,6 +202,8 @@ class TileAnswers:
             look = wanted.classes, wanted.style, wanted.codebook.similarity_range(), wanted.image_format
             if len(views) == 1:
                 return draw_tile(views[0], blocks[0], *look)
+            if not isinstance(shown, ShownMosaic):
+                raise TypeError("a single image has one grid")
             return draw_zones(list(zip(views, blocks, shown.own_pixels(wanted), strict=True)), *look)
 
     async def _open_mosaic(self, wanted: TileRequest, mosaic: Mosaic) -> ShownMosaic | str:
@@ -207,14 +215,19 @@ class TileAnswers:
         engine = await find_engine(service, codebook)
         if any(view.patches.shape[0] * view.patches.shape[1] > MAX_MOSAIC_PATCHES for _, view in placed):
             return f"below-minzoom {self._minzoom(wanted, engine.seconds_per_chunk)}"
+        left = limit = service.settings.mosaic_opened
+        if wanted.tile.z < (minzoom := self._minzoom(wanted, engine.seconds_per_chunk)):
+            left = limit = min(limit, OPENED_BELOW_MINZOOM)
+        found = []
         try:
-            parts = [
-                await open_part(service, mosaic, zone.code, zone.grid, view.patches, wanted.read, codebook)
-                for zone, view in placed
-            ]
+            for zone, view in placed:
+                part = await open_part(service, mosaic, zone.code, zone.grid, view.patches, wanted.read, codebook, left)
+                left -= len(part.images) + len(part.missing)
+                if part.any_image:
+                    found.append((zone, view, part))
         except TooManyImagesError as error:
-            return f"too-many-images {error.count}"
-        found = [(zone, view, part) for (zone, view), part in zip(placed, parts, strict=True) if part.opened]
+            below = limit < service.settings.mosaic_opened
+            return f"below-minzoom {minzoom}" if below else f"too-many-images {error.count}"
         return ShownMosaic(service, mosaic, found) if found else "outside"
 
 
@@ -226,6 +239,7 @@ class ShownImage:
     source: DatasetLabels
 
     missing = ()
+    unplaced = 0
 
     @property
     def key(self) -> tuple[str, str, ReadOptions]:
@@ -271,10 +285,6 @@ class ShownImage:
         )
         return [block], ()
 
-    def own_pixels(self, wanted: TileRequest) -> list[NDArray[np.bool_]]:
-        """Return which pixels are drawn: all."""
-        return [np.ones((wanted.size_px, wanted.size_px), bool)]
-
 
 @dataclass(frozen=True)
 class ShownMosaic:
@@ -285,14 +295,24 @@ class ShownMosaic:
     parts: Sequence[tuple[Zone, TileView, MosaicPart]]
 
     @property
+    def unplaced(self) -> int:
+        """How many images could not be opened to learn where they lie."""
+        return len(self.mosaic.problems)
+
+    @property
     def missing(self) -> Sequence[str]:
-        """Images that could not be opened."""
+        """Images under the tile that could not be opened."""
         return [url for _, _, part in self.parts for url in part.missing]
 
     @property
     def key(self) -> tuple[str, str, ReadOptions]:
         """What the tile's content depends on, apart from codebook, device and place: the images under it, in order."""
-        text = repr([part.content for _, _, part in self.parts])
+        # Where patches are averaged, cells start where the zone does.
+        starts = [
+            (zone.footprint.row_start, zone.footprint.col_start) if view.cell > 1 else ()
+            for zone, view, _ in self.parts
+        ]
+        text = repr((starts, [part.content for _, _, part in self.parts]))
         return self.mosaic.url, hashlib.sha256(text.encode()).hexdigest()[:32], ReadOptions()
 
     @property

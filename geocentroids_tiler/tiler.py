@@ -395,10 +395,13 @@ class ClassTilerFactory(TilerFactory):
         @self.router.get("/footprints", response_model=Footprints, **self._route("getFootprints"))
         async def footprints_(
             url: str = Depends(self.path_dependency), read: LayerParams = Depends(layer_params)
-        ) -> Footprints:
+        ) -> Response:
             """Return where an image lies, or each image of a mosaic, as GeoJSON."""
             codebook = await find_codebook(service, read)
-            return await run(service.working, footprints, await find_layer(service, url, read, codebook))
+            layer = await find_layer(service, url, read, codebook)
+            # Written in a thread: there may be many thousands.
+            content = await run(service.working, lambda: footprints(layer).model_dump_json())
+            return Response(content, media_type="application/geo+json")
 
     def point(self) -> None:
         """Register /point."""
@@ -407,6 +410,7 @@ class ClassTilerFactory(TilerFactory):
         @self.router.get("/point/{lon},{lat}", response_model=PointInfo, **self._route("getPoint"))
         async def point(
             request: Request,
+            response: Response,
             lon: Annotated[float, Path(ge=-180, le=180, description="Longitude in degrees.")],
             lat: Annotated[float, Path(ge=-90, le=90, description="Latitude in degrees.")],
             url: str = Depends(self.path_dependency),
@@ -417,9 +421,12 @@ class ClassTilerFactory(TilerFactory):
             found = await open_layer(service, url, read)
             merged = await find_classes(service, found.codebook, classes)
             link = self._exemplar_link(request)
-            place = await while_connected(service, request, label_at(service, found, lon, lat))
-            answer = await run(service.working, point_info, found.codebook, merged, (lon, lat), *place[:2], link)
-            return answer.model_copy(update={"image": place[2]})
+            at = await while_connected(service, request, label_at(service, found, lon, lat))
+            if at.missing:
+                response.headers[MISSING_HEADER] = str(at.missing)
+            place = (lon, lat), at.label, at.similarity
+            answer = await run(service.working, point_info, found.codebook, merged, *place, link)
+            return answer.model_copy(update={"image": at.image})
 
     def part(self) -> None:
         """Register /bbox and /feature."""

@@ -20,11 +20,13 @@ from pyproj.database import query_utm_crs_info
 from geocentroids_tiler.errors import MosaicError
 from geocentroids_tiler.grid import Grid, PatchRange, project, utm_codes
 from geocentroids_tiler.mosaic import Document, Member, Mosaic, is_document, read_document
+from geocentroids_tiler.mosaic import box as box_of
 from geocentroids_tiler.mosaic.mosaicjson import quadkey_box
 
 MAX = {"max_bytes": 10_000, "max_members": 20}
 HERE = "https://host/data/list.txt"
 WGS84 = CRS.from_epsg(4326)
+TOO_MANY = "names more images than this server takes as one layer .GEOCENTROIDS_MOSAIC_IMAGES."
 
 
 def read(content: str | bytes | dict[str, Any], url: str = HERE, **limits: int) -> Document:
@@ -114,7 +116,7 @@ class TestLists:
             ("url,datetime\n\na.tif,yesterday", "line 3 has the date 'yesterday'; accepted: 2024-05-31"),
             ("url,crs\n,EPSG:4326", "line 2 names '' as an image"),
             ("a" * 5000, "line 1 names 'aaa"),
-            ("a\n" * 21, "names 21 images; this server takes at most 20"),
+            ("a\n" * 21, TOO_MANY),
         ],
     )
     def test_what_cannot_be_used(self, text: str, problem: str) -> None:
@@ -150,7 +152,10 @@ class TestMosaicJson:
             ({"mosaicjson": "0.0.3", "tiles": {"0" * 31: ["a"]}}, "is not a quadkey; accepted: 1 to 30 digits"),
             ({"mosaicjson": "0.0.3", "tiles": {"0": "a"}}, "tile '0' of the MosaicJSON is 'a'; a list"),
             ({"mosaicjson": "0.0.3", "tiles": {"0": [7]}}, "tile '0' of the MosaicJSON names 7 as an image"),
-            ({"mosaicjson": "0.0.3", "tiles": {"0": list(map(str, range(21)))}}, "more images than the 20"),
+            (
+                {"mosaicjson": "0.0.3", "tiles": {"0": list(map(str, range(21)))}},
+                "or names them more often, than 20 allow",
+            ),
             ({"mosaicjson": "0.0.3", "tiles": {"0": ["a"]}, "asset_prefix": 3}, "asset_prefix of the MosaicJSON is 3"),
         ],
     )
@@ -199,8 +204,8 @@ class TestStac:
         ("document", "problem"),
         [
             (item(assets={}), "item 'one' has no asset that is clearly its image .it has none."),
-            (item(assets={"a": {"href": "a.jpg"}}), "it has a"),
-            (item(assets={"a": {"href": "a.tif"}, "b": {"href": "b.tif"}}), "it has a, b"),
+            (item(assets={"a": {"href": "a.jpg"}}), "it has 'a'.; accepted: one GeoTIFF"),
+            (item(assets={"a": {"href": "a.tif"}, "b": {"href": "b.tif"}}), "it has 'a', 'b'"),
             (item(assets={"a": {"href": "", "type": "image/tiff"}}), "item 'one' names '' as an image"),
             (item(bbox=[1, 2, 3]), None),
             (item(bbox=[1, 2, "x", 4]), "item 'one' has bounds"),
@@ -209,7 +214,10 @@ class TestStac:
             (item(properties={"datetime": "soon"}), "item 'one' has the date 'soon'"),
             ({"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": None}]}, "no STAC item"),
             ({"type": "FeatureCollection", "features": [7]}, "one of the features is no STAC item: 7"),
-            ({"type": "FeatureCollection", "features": [item()] * 21}, "names 21 images"),
+            (
+                {"type": "FeatureCollection", "features": [item()] * 21},
+                TOO_MANY,
+            ),
             ({"type": "Collection"}, "is a STAC Collection; accepted: its items"),
             ({"type": "Point"}, "is JSON of type 'Point'; accepted: a MosaicJSON"),
             ({}, "is JSON of type None"),
@@ -233,6 +241,80 @@ class TestStac:
     def test_pages_that_cannot_be_had(self, link: dict[str, Any], problem: str) -> None:
         with pytest.raises(MosaicError, match=problem):
             read({"type": "FeatureCollection", "features": [item()], "links": [link]})
+
+
+class TestHostile:
+    """What costs little to send must cost little to read; none of these may take seconds."""
+
+    def test_a_shape_that_takes_for_ever_to_mend(self) -> None:
+        teeth = [[x / 100 + (i % 2) / 200, y] for x in range(100) for i, y in enumerate((0, 1, 1, 0))]
+        comb = [*teeth, *([y, x] for x, y in teeth), teeth[0]]
+        (member,) = read(item(geometry={"type": "Polygon", "coordinates": [comb]}), max_bytes=10**6).members
+        assert member.footprint.equals(shapely.box(*shapely.Polygon(comb).bounds))
+
+    def test_a_shape_of_very_many_points(self) -> None:
+        circle = shapely.Point(10, 20).buffer(1, quad_segs=1000)
+        (member,) = read(item(geometry=shapely.geometry.mapping(circle)), max_bytes=10**6).members
+        assert shapely.get_num_coordinates(member.footprint) == 5
+        assert member.footprint.covers(circle)
+
+    def test_very_many_lines(self) -> None:
+        content = gzip.compress(b"a\n" * 4_000_000)
+        with pytest.raises(MosaicError, match="names more images"):
+            read(content, max_bytes=10**7)
+
+    def test_very_many_parts(self) -> None:
+        content = b'{"a": [' + b"[]," * 1_000_000 + b"[]]}"
+        with pytest.raises(MosaicError, match="too many parts for 20 images"):
+            read(content, max_bytes=10**8)
+
+    def test_very_many_tiles(self) -> None:
+        tiles = {format(i, "b").zfill(17).replace("1", "3"): ["a.tif"] for i in range(1500)}
+        (member,) = read({"mosaicjson": "0.0.3", "tiles": tiles}, max_bytes=10**6).members
+        assert member.footprint.equals(shapely.box(*member.footprint.bounds))
+        tiles = {quadkey: ["a.tif", "b.tif"] for quadkey in tiles}
+        with pytest.raises(MosaicError, match="names them more often"):
+            read({"mosaicjson": "0.0.3", "tiles": tiles}, max_bytes=10**6)
+
+    def test_an_error_names_a_few_assets(self) -> None:
+        assets = {f"{'a' * 50}{i}": {"href": "a.tif"} for i in range(1000)}
+        with pytest.raises(MosaicError) as caught:
+            read(item(assets=assets), max_bytes=10**6)
+        assert len(str(caught.value)) < 1000
+
+    @pytest.mark.parametrize(
+        "document",
+        [
+            item(bbox=[1, 2, 10**400, 4]),
+            item(geometry={"type": "Polygon", "coordinates": [[[1e308 * 10, 0], [1, 1], [0, 1], [0, 0]]]}),
+            item(assets={"visual": {"href": "http://[x/a.tif"}}),
+            {"type": "FeatureCollection", "features": [item()], "links": [{"rel": "next", "href": "http://[x/"}]},
+        ],
+    )
+    def test_odd_values(self, document: dict[str, Any]) -> None:
+        with pytest.raises(MosaicError):
+            read(json.dumps(document).replace("Infinity", "1e999"))
+
+    def test_deep_coordinates(self) -> None:
+        deep = "[" * 900 + "]" * 900
+        with pytest.raises(MosaicError):
+            read(json.dumps(item(geometry={"type": "Polygon", "coordinates": "X"})).replace('"X"', deep))
+
+    @pytest.mark.parametrize("url", ["http://[x/a.json", "http://[x/a.tif"])
+    def test_an_address_that_is_none(self, url: str) -> None:
+        assert not is_document(url)
+
+
+class TestBuckets:
+    def test_addresses_start_beside_the_document(self) -> None:
+        found = read("a.tif\nsub/b.tif\nhttps://other/c.tif", "s3://bucket/data/list.txt")
+        urls = ["s3://bucket/data/a.tif", "s3://bucket/data/sub/b.tif", "https://other/c.tif"]
+        assert [member.url for member in found.members] == urls
+
+    @pytest.mark.parametrize("line", ["/etc/passwd", "file:etc/passwd", "//host/a.tif"])
+    def test_they_name_no_file_of_ours(self, line: str) -> None:
+        with pytest.raises(MosaicError, match="is no address beside it"):
+            read(line, "s3://bucket/list.txt")
 
 
 class TestAnyDocument:
@@ -353,6 +435,43 @@ class TestIndex:
         assert mosaic.under(patches, grid, "first") == [0, 1, 2, 3, 4]
         assert mosaic.under(patches, grid, "similarity") == [0, 1, 2, 3, 4]
         assert mosaic.under(patches, grid, "newest") == [1, 2, 3, 0, 4]
+
+    def test_norway_within_a_wide_box(self) -> None:
+        codes = {zone.code for zone in mosaic_of((4, 50, 5, 70)).zones}
+        assert codes == {"EPSG:32631", "EPSG:32632"}
+
+    def test_across_the_antimeridian(self) -> None:
+        """Two zones, and footprints that are no larger than the image."""
+        crossing = box_of((179.99, -17.01, -179.99, -17.0), "it")
+        mosaic = Mosaic(
+            "m.json", "1", (Member("a.tif", crossing), Member("b.tif", shapely.box(178, -17, 178.1, -16.9))), 3.5
+        )
+        found = {zone.code: zone for zone in mosaic.zones}
+        assert set(found) == {"EPSG:32701", "EPSG:32760"}
+        rows, cols = found["EPSG:32701"].footprint.shape
+        assert rows * 3.5 < 3000
+        assert cols * 3.5 < 3000
+        grid = found["EPSG:32701"].grid
+        row, col = (int(value) for value in grid.patch_of(*project(WGS84, grid.crs, -179.995, -17.005)))
+        assert mosaic.under(PatchRange(row - 300, row + 300, col - 600, col + 600), grid, "first") == [0]
+        # An image elsewhere on the same latitude is not under a place at the antimeridian.
+        other = Mosaic("m.json", "1", (*mosaic.members, Member("c.tif", shapely.box(0, -17.01, 0.1, -17))), 3.5)
+        assert other.under(PatchRange(row - 300, row + 300, col - 600, col + 600), grid, "first") == [0]
+
+    def test_a_common_polar_crs(self) -> None:
+        (zone,) = mosaic_of((120, -71.1, 120.2, -71), crs="EPSG:3031").zones
+        assert zone.code == "EPSG:3031"
+
+    def test_beyond_utm(self) -> None:
+        assert mosaic_of((10, 85, 10.2, 86)).zones == ()
+
+    def test_on_a_grid_near_a_place_only(self) -> None:
+        mosaic = mosaic_of((-60, 10, -59.99, 10.01), (120, 10, 120.01, 10.01))
+        zone = mosaic.on_grid("EPSG:32651", (120, 10, 120.01, 10.01))
+        assert zone is not None
+        assert zone.members.tolist() == [1]
+        assert max(zone.footprint.shape) < 1000
+        assert mosaic.on_grid("EPSG:32651", (0, 0, 1, 1)) is None
 
     def test_area(self) -> None:
         mosaic = mosaic_of((10, 50, 10.1, 50.1), (10, 50, 10.1, 50.1))

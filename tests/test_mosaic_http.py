@@ -33,6 +33,7 @@ from geocentroids_tiler.app import create_app
 from geocentroids_tiler.codebook import NODATA_LABEL
 from geocentroids_tiler.grid import PatchRange, utm_codes
 from geocentroids_tiler.labels.engine import LabelBlock
+from geocentroids_tiler.labels.export import strips
 from geocentroids_tiler.source import ReadOptions
 
 COLORS = distinct_colors()
@@ -341,7 +342,7 @@ class TestDocuments:
             ("{", {}, 422, "is not JSON"),
             ('{"type": "Catalog"}', {}, 422, "STAC Catalog"),
             ("", {}, 422, "names no image"),
-            ("a.tif\nb.tif\nc.tif", {"mosaic_images": 2}, 422, "names 3 images; this server takes at most 2"),
+            ("a.tif\nb.tif\nc.tif", {"mosaic_images": 2}, 422, "names more images than this server takes"),
             ("a.tif\nb.tif\nc.tif", {"mosaic_unplaced": 2}, 422, "opens at most 2 to find out; name them with their"),
             ("a" * 2000, {"mosaic_bytes": 1024}, 422, "has more than 1024 bytes"),
             ("broken.tif\nmissing.tif\n/etc/passwd", {}, 422, "none of the 3 images of .* can be used"),
@@ -444,6 +445,45 @@ class TestBroken:
         assert answer.headers["X-Geocentroids-Missing"] == "1"
         assert np.array_equal(read_tif(answer)[0], labels)
 
+    def test_an_image_without_a_place_is_asked_for_again(
+        self, images: Path, tmp_path: Path, codebooks: Path, alone: Callable[..., LabelBlock]
+    ) -> None:
+        """The list does not say where it lies, so until it can be opened all answers may lack it."""
+        (tmp_path / "a.tif").write_bytes((images / "a.tif").read_bytes())
+        (tmp_path / "m.txt").write_text("a.tif\nb.tif")
+        service, loader = fake_service(tmp_path, codebooks, source_ttl_s=0, failure_ttl_s=0)
+        app = App(TestClient(create_app(service=service)), service, loader)
+        area = alone("a.tif").patches
+        answer = app.get(bbox_path(area, inset=0.1), url="m.txt", coord_crs="EPSG:32721")
+        assert answer.headers["X-Geocentroids-Missing"] == "1"
+        tile = tiles_over(area, 18)[0]
+        picture = app.tile(18, tile.x, tile.y, url="m.txt")
+        assert picture.headers["X-Geocentroids-Missing"] == "1"
+        assert picture.headers["Cache-Control"] == "public, max-age=60"
+        (tmp_path / "b.tif").write_bytes((images / "b.tif").read_bytes())
+        whole, where = merged([alone("a.tif"), alone("b.tif")], "first")
+        answer = app.get(bbox_path(where, inset=0.1), url="m.txt", coord_crs="EPSG:32721")
+        assert "X-Geocentroids-Missing" not in answer.headers
+        assert np.array_equal(read_tif(answer)[0], whole)
+        service.close()
+
+    def test_statistics_and_points_say_what_they_lack(
+        self, broken: tuple[App, Path], alone: Callable[..., Any]
+    ) -> None:
+        """Also where nothing is left."""
+        app, folder = broken
+        for name in ("a.tif", "c.tif"):
+            (folder / name).unlink()
+        area = alone("b.tif").patches
+        answer = app.post(f"{API}/statistics", feature_of(area, 0.1), url="m.csv")
+        assert answer.headers["X-Geocentroids-Missing"] == "3"
+        assert answer.json()["properties"]["statistics"]["area_m2"] == 0
+        place = ((area.col_start + 5) * PATCH_M, -(area.row_start + 5) * PATCH_M)
+        lon, lat = transformer(UTM, "EPSG:4326").transform(*place)
+        answer = app.get(f"{API}/point/{lon},{lat}", url="m.csv")
+        assert int(answer.headers["X-Geocentroids-Missing"]) >= 1
+        assert answer.json()["label"] is None
+
 
 class TestZoneBorder:
     def test_info(self, app: App) -> None:
@@ -540,7 +580,47 @@ class TestZoneBorder:
             assert label == (expected if inside else NODATA_LABEL)
 
 
+class TestKeptLabels:
+    def test_those_of_an_image_are_not_used_on_another_grid(
+        self, start: Callable[..., App], alone: Callable[..., LabelBlock], tmp_path: Path
+    ) -> None:
+        """west.tif has kept labels on its own grid, and lies in the next zone, too."""
+        app = start(labels_dir=tmp_path)
+        for name in ("west.tif", "east.tif"):
+            dataset = open_image(app.service, name)
+            engine = app.service.engine(app.service.codebook(None)).result(PATIENCE_S)
+            with app.service.kept.writer(dataset, engine.codebook, engine.device_name) as writer:
+                for strip in strips(engine, dataset, dataset.footprint):
+                    writer.write(strip)
+                writer.finish()
+        bounds = f"{BORDER - 0.0001},{BORDER_LAT - 0.0001},{BORDER + 0.0003},{BORDER_LAT + 0.0001}"
+        with_kept = read_tif(app.get(f"{API}/bbox/{bounds}.tif", url="border.txt"))[0]
+        without = read_tif(start().get(f"{API}/bbox/{bounds}.tif", url="border.txt"))[0]
+        assert np.array_equal(with_kept, without)
+        west = alone("west.tif", "EPSG:32722")
+        assert (west.labels != NODATA_LABEL).any()
+
+
 class TestManyImages:
+    def test_chunks_are_counted_for_each_image(self, start: Callable[..., App]) -> None:
+        """Where all images are read, all count."""
+        area = open_image(start().service, "b.tif").footprint
+        rows, cols = area.chunk_range(3).shape
+        app = start(max_chunks=rows * cols + 5)
+        app.get(bbox_path(area, inset=0.1), url="b.tif", coord_crs="EPSG:32721")
+        answer = app.get(bbox_path(area, inset=0.1), 400, url="table.csv", overlap="similarity", coord_crs="EPSG:32721")
+        assert "this server computes at most" in answer.json()["detail"]
+
+    def test_one_deadline_for_images_that_wait_for_each_other(self, start: Callable[..., App]) -> None:
+        app = start(export_timeout_s=0.3)
+        app.service.engine(app.service.codebook(None)).result(PATIENCE_S)
+        app.loader.made["blend"].gate.clear()
+        area = open_image(app.service, "b.tif").footprint
+        began = time.monotonic()
+        app.get(bbox_path(area, inset=0.1), 503, url="table.csv", overlap="newest", coord_crs="EPSG:32721")
+        app.loader.made["blend"].gate.set()
+        assert time.monotonic() - began < PATIENCE_S
+
     def test_more_than_one_request_may_open(self, start: Callable[..., App]) -> None:
         app = start(mosaic_opened=2)
         area = open_image(app.service, "b.tif").footprint

@@ -84,6 +84,8 @@ class KeptLabels:
             codebook: the codebook.
             fresh: look now, in case that another process kept them a moment ago.
         """
+        if dataset.options.grid is not None:  # what is kept is on the image's own grid
+            return None
         name, now = kept_id(dataset, codebook), self._clock()
         with self._lock:
             known = self._known.get(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,18 +15,22 @@ from cachetools import LRUCache
 from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import GeocentroidsError, MosaicError, SourceUnavailableError
+from geocentroids_tiler.grid import WGS84, outline, wrap_longitude
 from geocentroids_tiler.labels.futures import then
+from geocentroids_tiler.labels.host_queues import HostQueues
 from geocentroids_tiler.labels.once import Once, Work
 from geocentroids_tiler.labels.recent_failures import RecentFailures
-from geocentroids_tiler.mosaic import Document, Member, Mosaic, Problem, read_document
+from geocentroids_tiler.mosaic import Document, Member, Mosaic, Problem, box, read_document
+from geocentroids_tiler.pools import full_pool
 from geocentroids_tiler.settings import Settings
-from geocentroids_tiler.source import Dataset, ReadOptions, Source
+from geocentroids_tiler.source import Dataset, Deadline, ReadOptions, Source
 
-CACHE_BYTES = 128 * 2**20
-"""Memory for mosaics, as they are estimated."""
-MEMBER_BYTES = 1500
-"""An image of a mosaic in memory: address, shape, date, and its share in the tree."""
-THREADS = 4
+CACHE_BYTES = 256 * 2**20
+"""Memory for mosaics, as they are estimated; one of as many images as a setting allows fits in."""
+MEMBER_BYTES, VERTEX_BYTES = 1500, 16
+"""An image of a mosaic in memory: address, shape, date, its share in the tree; and each vertex of its shape."""
+THREADS, HOST_THREADS = 16, 2
+"""Documents that are read at once, and those of them that come from one host."""
 MAX_PAGES = 1000
 MAX_PROBLEMS = 1000
 """Images of one mosaic that are known to be broken; further ones are left out unmentioned."""
@@ -63,13 +67,12 @@ class Mosaics:
         self._dataset = dataset
         self._clock = clock
         self._lock = threading.Lock()
-        self.cache: ByteCache[_Key, _Read] = ByteCache(
-            CACHE_BYTES, lambda read: MEMBER_BYTES * (1 + len(read.mosaic.members))
-        )
+        self.cache: ByteCache[_Key, _Read] = ByteCache(CACHE_BYTES, _bytes_of)
         self._reading: Once[_Key, _Read] = Once(_Fresh(self))
         self._failures = RecentFailures(settings.failure_ttl_s)
         self._problems: LRUCache[str, dict[str, str]] = LRUCache(MAX_PROBLEMS)
-        self._pool = ThreadPoolExecutor(THREADS, "geocentroids-mosaic")
+        self._pool = full_pool(THREADS, "geocentroids-mosaic")
+        self._by_host = HostQueues(self._pool, HOST_THREADS)
 
     def close(self) -> None:
         """End all threads."""
@@ -106,7 +109,9 @@ class Mosaics:
                 raise
 
         def start(work: Work[_Read]) -> None:
-            self._pool.submit(read).add_done_callback(lambda done: work.go_on(lambda: work.finish(done.result())))
+            self._by_host.submit(source.host, read).add_done_callback(
+                lambda done: work.go_on(lambda: work.finish(done.result()))
+            )
 
         return then(self._reading.get(key, start), lambda found: found.mosaic)
 
@@ -139,49 +144,64 @@ class Mosaics:
     def _read(self, source: Source, options: ReadOptions, codebook: Codebook, known: _Read | None) -> _Read:
         asked_at = self._clock()
         documents, digest = self._documents(source)
-        if known is not None and known.digest == digest:
-            return _Read(known.mosaic, digest, asked_at)
         members = _in_order(documents)
+        placeless = any(member.footprint is None for member in members)
+        if known is not None and known.digest == digest and not placeless:
+            return _Read(known.mosaic, digest, asked_at)
+        # Those without a place are asked anew each time: they may have moved, or be there again.
         placed, problems = self._placed(members, options, codebook)
         if not placed:
             reasons = "; ".join(f"{problem.url}: {problem.reason}" for problem in problems[:3])
             raise MosaicError(f"none of the {len(members)} images of {source.url!r} can be used ({reasons})")
+        made_of = [
+            source.url,
+            digest,
+            repr(options),
+            codebook.digest,
+            *(f"{each.url} {each.footprint}" for each in placed),
+        ]
+        identity = hashlib.sha256("\n".join(made_of).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        if known is not None and known.mosaic.identity == identity and known.mosaic.problems == problems:
+            return _Read(known.mosaic, digest, asked_at)
         patch_m = codebook.manifest.preprocess.gsd_m * codebook.manifest.encoder.patch_px
-        identity = hashlib.sha256("\n".join([source.url, digest, *(each.url for each in placed)]).encode()).hexdigest()
-        return _Read(Mosaic(source.url, identity[:32], placed, patch_m, problems), digest, asked_at)
+        mosaic = Mosaic(source.url, identity, placed, patch_m, problems)
+        mosaic.prepare()
+        if not mosaic.zones:
+            raise MosaicError(f"none of the images of {source.url!r} lies where UTM is defined (80 S to 84 N)")
+        return _Read(mosaic, digest, asked_at)
 
     def _documents(self, source: Source) -> tuple[list[Document], str]:
-        """Read a document, and the further pages of a search."""
+        """Read a document, and the further pages of a search, all within the time and the bytes of one."""
         documents: list[Document] = []
         hashed = hashlib.sha256()
         seen: set[str] = set()
         url: str | None = source.url
-        left = self._settings.mosaic_images
+        deadline = Deadline(self._settings.source_total_timeout_s)
+        images, left_bytes = self._settings.mosaic_images, self._settings.mosaic_bytes
         while url is not None:
             if url in seen or len(seen) >= MAX_PAGES:
                 raise MosaicError(f"the pages of {source.url!r} do not end")
             seen.add(url)
-            content = self._content(source if url == source.url else self._source(url))
+            content = self._content(source if url == source.url else self._source(url), left_bytes, deadline)
             hashed.update(content)
-            page = read_document(content, url, self._settings.mosaic_bytes, left)
+            page = read_document(content, url, self._settings.mosaic_bytes, images)
             documents.append(page)
-            left -= len(page.members)
+            images, left_bytes = images - len(page.members), left_bytes - len(content)
             url = page.next_url
         if not any(document.members for document in documents):
             raise MosaicError(f"{source.url!r} names no image")
         return documents, hashed.hexdigest()
 
-    def _content(self, source: Source) -> bytes:
-        limit = self._settings.mosaic_bytes
+    def _content(self, source: Source, max_bytes: int, deadline: Deadline) -> bytes:
         if source.remote is not None:
-            return source.remote.document(source.url, limit)
+            return source.remote.document(source.url, max_bytes, deadline)
         try:
             with Path(source.path or "").open("rb") as file:
-                content = file.read(limit + 1)
+                content = file.read(max_bytes + 1)
         except OSError as error:
             raise SourceUnavailableError(f"cannot open {source.url!r}") from error
-        if len(content) > limit:
-            raise MosaicError(f"{source.url!r} has more than {limit} bytes (GEOCENTROIDS_MOSAIC_BYTES)")
+        if len(content) > max_bytes:
+            raise MosaicError(f"{source.url!r} has more than {max_bytes} bytes (GEOCENTROIDS_MOSAIC_BYTES)")
         return content
 
     def _placed(
@@ -236,8 +256,18 @@ def _in_order(documents: list[Document]) -> list[Member]:
 def _placed_at(member: Member, dataset: Dataset) -> Member:
     """Return a member with what its image's header says."""
     authority = dataset.crs.to_authority()
+    points = outline(dataset.crs, dataset.transform, dataset.width_px, dataset.height_px, WGS84)
+    lon = points[0, 0] + (points[:, 0] - points[0, 0] + 180) % 360 - 180  # no jump along the edge
+    west, east = (wrap_longitude(float(value)) for value in (lon.min(), lon.max()))
+    south, north = float(points[:, 1].min()), float(points[:, 1].max())
     return replace(
         member,
-        footprint=shapely.box(*dataset.geographic_bounds),
+        footprint=box((west, south, east, north), member.url),
         crs=member.crs or (":".join(authority) if authority else None),
     )
+
+
+def _bytes_of(read: _Read) -> int:
+    members = read.mosaic.members
+    vertices = int(shapely.get_num_coordinates([member.footprint for member in members]).sum())
+    return MEMBER_BYTES * (1 + len(members) + len(read.mosaic.problems)) + VERTEX_BYTES * vertices

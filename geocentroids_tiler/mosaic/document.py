@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+from shapely.errors import ShapelyError
+
 from geocentroids_tiler.errors import MosaicError, short
 from geocentroids_tiler.mosaic.lists import read_list
 from geocentroids_tiler.mosaic.members import Member
@@ -24,6 +26,8 @@ ACCEPTED = (
 )
 _SUFFIXES = re.compile(r"\.(json|geojson|txt|csv)(\.gz)?$", re.IGNORECASE)
 _STAC_API = re.compile(r"/(search|collections/[^/]+/items(/[^/]+)?)/?$")
+PARTS_PER_DOCUMENT, PARTS_PER_MEMBER = 10_000, 100
+"""Objects and arrays of a JSON document; each takes memory that its few bytes do not tell of."""
 _GZIP = b"\x1f\x8b"
 
 
@@ -47,7 +51,10 @@ def is_document(url: str) -> bool:
 
     Those end in .json, .geojson, .txt or .csv (and .gz, if compressed), or are the items or the search of a STAC API.
     """
-    path = urlsplit(url).path if "://" in url else url
+    try:
+        path = urlsplit(url).path if "://" in url else url
+    except ValueError:  # whoever opens it says what is wrong with it
+        return False
     return bool(_SUFFIXES.search(path) or ("://" in url and _STAC_API.search(path)))
 
 
@@ -64,9 +71,18 @@ def read_document(content: bytes, url: str, max_bytes: int, max_members: int) ->
         MosaicError: if it is no such document, names too many images, or one of them in a way that cannot be used.
     """
     text = _text_of(content, url, max_bytes)
+    try:
+        return _read(text, url, max_members)
+    except (ValueError, OverflowError, RecursionError, ShapelyError) as error:  # odd numbers, addresses and shapes
+        raise MosaicError(f"{url!r} cannot be read: {error}") from error
+
+
+def _read(text: str, url: str, max_members: int) -> Document:
     resolve = _resolver(url)
     if text.lstrip()[:1] not in ("{", "["):
-        return _checked(Document("list", read_list(text, resolve)), url, max_members)
+        return _checked(Document("list", read_list(text, resolve, max_members)), url, max_members)
+    if text.count("[") + text.count("{") > PARTS_PER_DOCUMENT + PARTS_PER_MEMBER * max_members:
+        raise MosaicError(f"{url!r} has too many parts for {max_members} images; leave out what is not needed")
     found = _json_of(text, url)
     kind = found.get("type")
     if "mosaicjson" in found or ("tiles" in found and kind is None):
@@ -117,7 +133,12 @@ def _resolver(url: str) -> Callable[[str], str]:
 
     def resolve(address: str) -> str:
         if remote:
-            return urljoin(url, address)
+            found = urljoin(url, address)
+            if "://" in found:
+                return found
+            if address.startswith("/") or ":" in address:  # of a bucket, which urljoin does not know
+                raise MosaicError(f"{short(address)} in {url!r} is no address beside it; accepted: a URL, or a name")
+            return f"{folder}/{address.removeprefix('./')}"
         if "://" in address or not folder:
             return address.removeprefix("./")
         return f"{folder}/{address.removeprefix('./')}"
@@ -134,4 +155,4 @@ def _checked(document: Document, url: str, max_members: int) -> Document:
 
 def _check_count(count: int, url: str, max_members: int) -> None:
     if count > max_members:
-        raise MosaicError(f"{url!r} names {count} images; this server takes at most {max_members} as one layer")
+        raise MosaicError(f"{url!r} names more images than this server takes as one layer (GEOCENTROIDS_MOSAIC_IMAGES)")

@@ -21,6 +21,7 @@ from geocentroids_tiler.grid import (
     is_metric_grid,
     outline,
     parse_crs,
+    project,
     utm_codes,
 )
 from geocentroids_tiler.mosaic.members import Member
@@ -33,6 +34,10 @@ _ZONE_DEGREES = 3
 _ZONE_LATITUDES = (-80.0, 0.0, 56.0, 64.0, 72.0, 84.0)
 """Latitudes at which UTM zones begin and end."""
 _INSIDE = 1e-9
+_ZONE_REACH = 9.0
+"""Degrees on both sides of a UTM zone's meridian within which its coordinates are of use here."""
+_EDGE_POINTS = 5
+"""Points along an edge of a footprint that are projected."""
 _MARGIN = 3.0
 """Degrees that images may lie outside of the area that their CRS is meant for: surveys at a border keep to one zone."""
 _SLACK_DEGREES = 1e-4
@@ -97,8 +102,18 @@ class Mosaic:
         return np.array([member.footprint for member in self.members], dtype=object)
 
     @cached_property
+    def _parts(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        """Bounds of the polygons of all footprints, of shape (N, 4), and whose each is: two at the antimeridian."""
+        parts, owners = shapely.get_parts(self._shapes, return_index=True)
+        return shapely.bounds(parts), owners
+
+    @cached_property
     def _tree(self) -> Any:
         return shapely.STRtree(self._shapes)
+
+    def prepare(self) -> None:
+        """Compute now what requests would compute when they first need it."""
+        _ = self.zones, self._age_rank, self.area_m2, self._tree.query(shapely.Point(0, 0))
 
     @cached_property
     def _age_rank(self) -> NDArray[np.intp]:
@@ -130,14 +145,18 @@ class Mosaic:
 
     @cached_property
     def zones(self) -> tuple[Zone, ...]:
-        """The parts of the mosaic on one grid each, by the codes of their CRSs."""
+        """The parts of the mosaic on one grid each, by the codes of their CRSs; none beyond the ends of UTM."""
+        bounds, owners = self._parts
         if self._common is not None:
-            return (self._zone(self._common, np.arange(len(self.members))),)
+            return (self._zone(self._common, bounds, owners),)
         touched: dict[int, list[int]] = {}
-        for number, codes in enumerate(_zones_of(self.bounds)):
+        for number, codes in enumerate(_zones_of(bounds)):
             for code in codes:
                 touched.setdefault(code, []).append(number)
-        return tuple(self._zone(f"EPSG:{code}", np.array(touched[code])) for code in sorted(touched))
+        return tuple(
+            self._zone(f"EPSG:{code}", _clipped(bounds[touched[code]], code), owners[touched[code]])
+            for code in sorted(touched)
+        )
 
     def zone_at(self, lon: float, lat: float) -> str:
         """Return the code of the CRS of a place's grid."""
@@ -154,18 +173,27 @@ class Mosaic:
         left, bottom, right, top = zone.geographic_bounds
         if not (south <= top and bottom <= north and (east - west > 180 or (west <= right and left <= east))):
             return False
-        codes = next(iter(_zones_of(np.array([bounds]))))
-        return self._common is not None or east - west > 180 or int(zone.code.removeprefix("EPSG:")) in codes
+        if self._common is not None or east - west > 180:
+            return True
+        return int(zone.code.removeprefix("EPSG:")) in next(iter(_zones_of(np.array([bounds]))))
 
-    def on_grid(self, code: str) -> Zone:
-        """Return all images as if they lay in one zone, on the grid of a CRS.
+    def on_grid(self, code: str, bounds: Bounds) -> Zone | None:
+        """Return the images near a place as if they lay in one zone, on the grid of a CRS; None if there are none.
+
+        Args:
+            code: of the CRS.
+            bounds: west, south, east, north of the place in degrees.
 
         Raises:
             InputError: if there is no such CRS.
-            UnsupportedImageError: if none of them can be projected to it.
+            UnsupportedImageError: if none of the images can be projected to it.
         """
-        known = next((zone for zone in self.zones if zone.code == code and len(self.zones) == 1), None)
-        return known or self._zone(code, np.arange(len(self.members)))
+        near = self._tree.query(shapely.box(*bounds), predicate="intersects")
+        all_bounds, owners = self._parts
+        west, south, east, north = bounds
+        wanted = np.isin(owners, near) & (all_bounds[:, 0] <= east) & (all_bounds[:, 2] >= west)
+        wanted &= (all_bounds[:, 1] <= north) & (all_bounds[:, 3] >= south)
+        return self._zone(code, all_bounds[wanted], owners[wanted]) if wanted.any() else None
 
     def in_zone(self, zone: Zone, lon: NDArray[np.float64], lat: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Tell which places belong to a zone, of the shape of ``lon``."""
@@ -186,23 +214,26 @@ class Mosaic:
             edge = outline(grid.crs, (right - left, 0, left, 0, bottom - top, top), 1, 1, WGS84)
         except UnsupportedImageError:
             return []
-        found = self._tree.query(_around(edge), predicate="intersects")
+        found = {int(i) for box in _around(edge) for i in self._tree.query(box, predicate="intersects")}
         rank = self._age_rank if overlap == "newest" else np.arange(len(self.members))
-        return sorted((int(i) for i in found), key=lambda i: int(rank[i]))
+        return sorted(found, key=lambda i: int(rank[i]))
 
-    def _zone(self, code: str, members: NDArray[np.intp]) -> Zone:
-        bounds = _hull(self.bounds[members])
+    def _zone(self, code: str, bounds: NDArray[np.float64], owners: NDArray[np.intp]) -> Zone:
+        """Return the zone of polygons with these bounds."""
         crs = parse_crs(code)
-        west, south, east, north = bounds
-        edge = outline(WGS84, (east - west, 0, west, 0, south - north, north), 1, 1, crs)
-        low, high = edge.min(axis=0), edge.max(axis=0)
-        slack = 0.02 * float((high - low).max())  # edges bend between the points of the outline
+        x, y = project(WGS84, crs, *_edges(bounds))
+        placed = np.isfinite(x) & np.isfinite(y)
+        if not placed.any():
+            raise UnsupportedImageError(f"none of the images lies where {crs.name!r} is defined")
+        low, high = np.array([x[placed].min(), y[placed].min()]), np.array([x[placed].max(), y[placed].max()])
+        slack = 0.005 * float((high - low).max())  # edges bend between the points
+        west, south, east, north = hull = _hull(bounds)
         try:
             grid = grid_in(crs, (west + east) / 2, (south + north) / 2, self.patch_m)
         except UnsupportedImageError:  # so wide that its middle says nothing
             grid = Grid(crs, self.patch_m)
         footprint = grid.patches_touching((low[0] - slack, low[1] - slack, high[0] + slack, high[1] + slack))
-        return Zone(code, grid, footprint, bounds, members)
+        return Zone(code, grid, footprint, hull, np.unique(owners))
 
 
 def _common_crs(members: Sequence[Member], bounds: Bounds, patch_m: float) -> str | None:
@@ -222,7 +253,8 @@ def _common_crs(members: Sequence[Member], bounds: Bounds, patch_m: float) -> st
     if not is_metric_grid(crs) or area is None:
         return None
     # UTM is true to scale, to all appearance, on the other side of the Earth, too.
-    near = abs((lon - (area.west + area.east) / 2 + 180) % 360 - 180) <= (area.east - area.west) % 360 / 2 + _MARGIN
+    width = (area.east - area.west) % 360 or 360.0
+    near = abs((lon - area.west - width / 2 + 180) % 360 - 180) <= width / 2 + _MARGIN
     return code if near and area.south - _MARGIN <= lat <= area.north + _MARGIN else None
 
 
@@ -232,14 +264,35 @@ def _hull(bounds: NDArray[np.float64]) -> Bounds:
     return float(west), float(south), float(east), float(north)
 
 
+def _edges(bounds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return points on the edges of rectangles, of shape (N, 4 * _EDGE_POINTS) each, x and y."""
+    t = np.linspace(0, 1, _EDGE_POINTS)
+    zero, one = np.zeros_like(t), np.ones_like(t)
+    across, up = np.concatenate([t, one, t, zero]), np.concatenate([zero, t, one, t])
+    west, south, east, north = (bounds[:, i, None] for i in range(4))
+    return west + across * (east - west), south + up * (north - south)
+
+
+def _clipped(bounds: NDArray[np.float64], code: int) -> NDArray[np.float64]:
+    """Return rectangles cut to the neighbourhood of a UTM zone, beyond which its coordinates say little."""
+    middle = (code % 100) * 6 - 183
+    clipped = bounds.copy()
+    clipped[:, 0] = bounds[:, 0].clip(middle - _ZONE_REACH, middle + _ZONE_REACH)
+    clipped[:, 2] = bounds[:, 2].clip(middle - _ZONE_REACH, middle + _ZONE_REACH)
+    return clipped
+
+
 def _zones_of(bounds: NDArray[np.float64]) -> Iterable[list[int]]:
     """Yield the codes of the UTM zones that each of the rectangles touches."""
+    bounds = bounds.clip(None, 180 - _INSIDE)  # 180 degrees east is where the first zone begins
     corners = np.stack([utm_codes(bounds[:, i], bounds[:, j]) for i in (0, 2) for j in (1, 3)], axis=1)
-    for box, codes in zip(bounds, corners, strict=True):
-        west, south, east, north = (float(value) for value in box)
-        if east - west < _ZONE_DEGREES and (codes == codes[0]).all() and codes[0]:
+    small = (bounds[:, 2] - bounds[:, 0] < _ZONE_DEGREES) & (bounds[:, 3] - bounds[:, 1] < _ZONE_DEGREES)
+    alike = small & (corners == corners[:, :1]).all(axis=1) & (corners[:, 0] > 0)
+    for box, codes, one in zip(bounds, corners, alike, strict=True):
+        if one:
             yield [int(codes[0])]
             continue
+        west, south, east, north = (float(value) for value in box)
         first = np.floor(west / _ZONE_DEGREES) + 1
         borders = np.arange(first, np.ceil(east / _ZONE_DEGREES)) * _ZONE_DEGREES
         lon = np.concatenate([[west, east], borders, borders - _INSIDE])
@@ -248,10 +301,13 @@ def _zones_of(bounds: NDArray[np.float64]) -> Iterable[list[int]]:
         yield sorted({int(code) for code in utm_codes(*np.meshgrid(lon, lat)).ravel() if code})
 
 
-def _around(edge: NDArray[np.float64]) -> Any:
-    """Return a shape that holds the outline of some ground; the whole width of the map where it is torn apart."""
-    (west, south), (east, north) = edge.min(axis=0), edge.max(axis=0)
+def _around(edge: NDArray[np.float64]) -> list[Any]:
+    """Return shapes that hold the outline of some ground together: two where it crosses the antimeridian."""
+    lon = edge[0, 0] + (edge[:, 0] - edge[0, 0] + 180) % 360 - 180  # no jump along the edge
+    west, south, east, north = lon.min(), edge[:, 1].min(), lon.max(), edge[:, 1].max()
     slack = _SLACK_DEGREES + 0.02 * max(east - west, north - south)
-    if east - west > 180:
-        west, east = -180.0, 180.0
-    return shapely.box(west - slack, south - slack, east + slack, north + slack)
+    west, south, east, north = west - slack, south - slack, east + slack, north + slack
+    if east - west > 180:  # around a pole
+        return [shapely.box(-180, south, 180, north)]
+    shifts = [0.0] + ([360.0] if west < -180 else []) + ([-360.0] if east > 180 else [])
+    return [shapely.box(west + shift, south, east + shift, north) for shift in shifts]

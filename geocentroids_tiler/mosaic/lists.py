@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable
+from itertools import islice
 
 from geocentroids_tiler.errors import MosaicError, short
 from geocentroids_tiler.mosaic.members import Member, box, member_url, moment
@@ -13,18 +14,20 @@ BOUNDS = ("west", "south", "east", "north")
 COLUMNS = ("url", *BOUNDS, "datetime", "crs")
 
 
-def read_list(text: str, resolve: Callable[[str], str]) -> tuple[Member, ...]:
+def read_list(text: str, resolve: Callable[[str], str], max_members: int) -> tuple[Member, ...]:
     """Read a list of images. Blank lines, and those that begin with #, say nothing.
 
     Args:
         text: a URL or path in each line; or comma-separated values whose first line names the columns: ``url``, and
             if known ``west``, ``south``, ``east``, ``north`` (degrees), ``datetime`` and ``crs`` (EPSG:32721).
         resolve: makes addresses absolute.
+        max_members: the most images; one more is read, so that it shows.
 
     Raises:
         MosaicError: if a line cannot be read; the text names it.
     """
-    numbered = [(number, line) for number, line in enumerate(text.splitlines(), 1) if _says_something(line)]
+    lines = ((number, line) for number, line in enumerate(io.StringIO(text), 1) if _says_something(line))
+    numbered = list(islice(lines, max_members + 2))
     if not numbered:
         return ()
     first = [name.strip().lower() for name in numbered[0][1].split(",")]

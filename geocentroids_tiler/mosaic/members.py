@@ -52,7 +52,7 @@ def box(values: Sequence[Any], what: str) -> Any:
     """
     try:
         west, south, east, north = (float(value) for value in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise MosaicError(f"{what} has bounds {short(list(values))}; west, south, east, north are needed") from None
     bounds: Bounds = (west, south, east, north)
     inside = all(math.isfinite(value) for value in bounds) and -90 <= south <= north <= 90

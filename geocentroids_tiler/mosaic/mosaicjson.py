@@ -9,12 +9,18 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import shapely
+from numpy.typing import NDArray
 
 from geocentroids_tiler.errors import MosaicError, short
 from geocentroids_tiler.mosaic.members import Member, member_url
 
 MAX_ZOOM = 30
+REFERENCES_PER_MEMBER = 100
+"""Tiles that name an image, on average."""
+MAX_TILES = 64
+"""Tiles of one image whose shape is kept."""
 
 
 def read_mosaicjson(document: Mapping[str, Any], resolve: Callable[[str], str], max_members: int) -> tuple[Member, ...]:
@@ -37,17 +43,25 @@ def read_mosaicjson(document: Mapping[str, Any], resolve: Callable[[str], str], 
     prefix = document.get("asset_prefix") or ""
     if not isinstance(prefix, str):
         raise MosaicError(f"asset_prefix of the MosaicJSON is {short(prefix)}; a text is needed")
-    places: dict[str, list[Any]] = {}
-    for quadkey, assets in tiles.items():
-        shape = quadkey_box(quadkey)
+    bounds = shapely.bounds([quadkey_box(quadkey) for quadkey in tiles]).reshape(-1, 4)
+    places: dict[str, list[int]] = {}
+    references = 0
+    for number, (quadkey, assets) in enumerate(tiles.items()):
         if not isinstance(assets, list):
             raise MosaicError(f"tile {short(quadkey)} of the MosaicJSON is {short(assets)}; a list of images is needed")
+        references += len(assets)
         for asset in assets:
-            url = resolve(prefix + member_url(asset, f"tile {quadkey!r} of the MosaicJSON"))
-            places.setdefault(url, []).append(shape)
-            if len(places) > max_members:
-                raise MosaicError(f"the MosaicJSON names more images than the {max_members} that this server takes")
-    return tuple(Member(url, shapely.union_all(shapes)) for url, shapes in places.items())
+            places.setdefault(member_url(asset, f"tile {quadkey!r} of the MosaicJSON"), []).append(number)
+        if len(places) > max_members or references > REFERENCES_PER_MEMBER * max_members:
+            raise MosaicError(f"the MosaicJSON names more images, or names them more often, than {max_members} allow")
+    return tuple(Member(resolve(prefix + asset), _union(bounds[numbers])) for asset, numbers in places.items())
+
+
+def _union(bounds: NDArray[np.float64]) -> Any:
+    """Return the shape of tiles; of very many the rectangle around them."""
+    if len(bounds) > MAX_TILES:
+        return shapely.box(*bounds[:, :2].min(axis=0), *bounds[:, 2:].max(axis=0))
+    return shapely.union_all(shapely.box(*bounds.T))
 
 
 def quadkey_box(quadkey: str) -> Any:

@@ -17,6 +17,10 @@ from shapely.geometry import shape
 from geocentroids_tiler.errors import MosaicError, short
 from geocentroids_tiler.mosaic.members import Member, box, member_url, moment
 
+MAX_VERTICES = 1000
+"""Of a footprint; one with more is taken for its bounds."""
+MAX_NAMES = 5
+"""Assets that an error names."""
 _POLYGONS = ("Polygon", "MultiPolygon")
 
 
@@ -80,7 +84,8 @@ def _image(assets: Mapping[str, Any], what: str) -> Mapping[str, Any]:
             return group[0]
         if group:
             break
-    found = ", ".join(images or assets) or "none"
+    names = [short(name) for name in (images or assets)]
+    found = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "") or "none"
     raise MosaicError(
         f"{what} has no asset that is clearly its image (it has {found}); accepted: one GeoTIFF, or one with the role "
         "visual"
@@ -102,13 +107,13 @@ def _footprint(item: Mapping[str, Any], what: str) -> Any | None:
     geometry, bounds = item.get("geometry"), item.get("bbox")
     if isinstance(geometry, dict) and geometry.get("type") in _POLYGONS:
         try:
-            found = shape(geometry)
-        except (ShapelyError, ValueError, TypeError, LookupError, AttributeError) as error:
+            found = shapely.force_2d(shape(geometry))
+        except (ShapelyError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise MosaicError(f"the geometry of {what} cannot be read: {error}") from error
-        found = shapely.force_2d(found if found.is_valid else shapely.make_valid(found))
         if not found.is_empty:
-            box(found.bounds, what)  # raises unless these are degrees
-            return found
+            whole = box(found.bounds, what)
+            simple = shapely.get_num_coordinates(found) <= MAX_VERTICES and found.is_valid
+            return found if simple else whole  # to mend a shape may take for ever, and all need not be
     if isinstance(bounds, list) and len(bounds) in (4, 6):
         return box(bounds if len(bounds) == 4 else [*bounds[:2], *bounds[3:5]], what)
     return None

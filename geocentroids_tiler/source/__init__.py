@@ -12,6 +12,7 @@ from geocentroids_tiler.source.dataset import (
     source_identity,
     with_collars,
 )
+from geocentroids_tiler.source.deadline import Deadline
 from geocentroids_tiler.source.pixels import (
     PatchPixels,
     WindowPixels,
@@ -29,6 +30,7 @@ __all__ = [
     "MAX_PX_WITHOUT_OVERVIEWS",
     "CellCache",
     "Dataset",
+    "Deadline",
     "PatchPixels",
     "ReadOptions",
     "Remote",

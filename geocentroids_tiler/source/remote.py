@@ -102,8 +102,13 @@ class Remote:
             self._outdated.pop(fetched.identity, None)
         return fetched.identity
 
-    def document(self, url: str, max_bytes: int) -> bytes:
+    def document(self, url: str, max_bytes: int, deadline: Deadline) -> bytes:
         """Return the content of a document, asked for anew.
+
+        Args:
+            url: of the document.
+            max_bytes: the most that it may have.
+            deadline: for all of it.
 
         Raises:
             SourceUnavailableError: if it cannot be read.
@@ -111,7 +116,7 @@ class Remote:
         """
         try:
             with waiting():
-                return self._store(url).fetch_all(url, max_bytes, Deadline(self._read_s))
+                return self._store(url).fetch_all(url, max_bytes, deadline)
         except TooLargeError as error:
             raise MosaicError(f"{url!r} has more than {max_bytes} bytes (GEOCENTROIDS_MOSAIC_BYTES)") from error
         except FetchError as error:
