@@ -27,7 +27,7 @@ from geocentroids_tiler.labels.kept import KeptLabels
 from geocentroids_tiler.labels.meters import Meters
 from geocentroids_tiler.labels.once import Once, Work
 from geocentroids_tiler.labels.store import LabelStore
-from geocentroids_tiler.labels.tiers import open_tiers
+from geocentroids_tiler.labels.tiers import TierFigures, open_tiers
 from geocentroids_tiler.labels.viewports import Viewports
 from geocentroids_tiler.pools import full_pool
 from geocentroids_tiler.settings import Settings
@@ -274,6 +274,10 @@ class Service:
         with self._lock:
             futures = list(self._engines.values())
         return [future.result() for future in futures if future.done() and future.exception() is None]
+
+    def stores(self) -> list[TierFigures]:
+        """Return what the stores of labels below the memory did, in the order they are asked."""
+        return [] if self.tier is None else self.tier.figures()
 
     def dataset(self, url: str, options: ReadOptions, codebook: Codebook) -> Future[Dataset]:
         """Return a dataset, opened or known.
