@@ -99,6 +99,7 @@ class Counted:
     """A store in memory that writes down what it is asked."""
 
     errors = 0
+    away = False
     nbytes = 0
 
     def __init__(self, name: str, kept: dict[ChunkKey, ChunkLabels] | None = None) -> None:
