@@ -55,11 +55,12 @@ class ServiceCollector(Collector):
         )
         for engine in self._service.engines():
             labels = [engine.codebook.name]
-            encoded.add_metric(labels, engine.windows_encoded)
-            given_up.add_metric(labels, engine.windows_given_up)
+            figures = engine.figures()  # once: it may wait for a network
+            encoded.add_metric(labels, figures.windows_encoded)
+            given_up.add_metric(labels, figures.windows_given_up)
             waiting.add_metric(labels, engine.windows_waiting)
             read.add_metric(labels, engine.windows_to_read)
-            queued.add_metric(labels, engine.device_queue)
+            queued.add_metric(labels, figures.queued)
             speed.add_metric(labels, engine.seconds_per_chunk)
         yield from (encoded, given_up, waiting, read, queued, speed)
 

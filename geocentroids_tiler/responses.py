@@ -202,7 +202,7 @@ def image_info(
         zooms: its minzoom and maxzoom.
         kept: its labels, if they are kept.
     """
-    footprint, device = dataset.footprint, engine.encoder.info
+    footprint, device = dataset.footprint, engine.device
     authority = dataset.grid.crs.to_authority()
     return ImageInfo(
         url=dataset.source.url,
