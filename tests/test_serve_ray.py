@@ -1,0 +1,161 @@
+"""`geocentroids serve --ray` on a cluster of two nodes on this machine, with Redis."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import morecantile
+import pytest
+import rasterio
+from fakes import LIBRARY_WARNINGS
+from processes import Process, free_port, start_redis
+from rasterio.warp import transform_bounds
+from ray_cluster import RAY_WARNINGS, cluster
+from starlette.testclient import TestClient
+
+from geocentroids_tiler.app import create_app
+from geocentroids_tiler.distributed import connected
+from geocentroids_tiler.scene import ensure_demo_scene
+from geocentroids_tiler.settings import Settings
+
+pytestmark = [
+    *RAY_WARNINGS,
+    *LIBRARY_WARNINGS,
+    pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed"),
+]
+SETTINGS = {"threads": 1, "tile_budget_s": 600}
+PATIENCE_S = 120.0
+CLIENTS = 16
+TILES = "/cog/geocentroids/tiles/WebMercatorQuad"
+
+
+def until(condition: object) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+@dataclass
+class Served:
+    """What runs.
+
+    Attributes:
+        server: the command.
+        address: of the cluster.
+        redis: holds labels.
+        scene: the image.
+        paths: tiles of zoom 18 of all of the image, by row.
+        alone: an application in this process, for comparison.
+    """
+
+    server: Process
+    address: str
+    redis: Process
+    scene: Path
+    paths: list[list[str]]
+    alone: TestClient
+
+    def ask(self, paths: Sequence[str]) -> list[httpx.Response]:
+        """Ask for paths by as many clients at once."""
+
+        def one(path: str) -> httpx.Response:
+            with httpx.Client(base_url=self.server.url, timeout=PATIENCE_S) as client:
+                return client.get(path)
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            return list(pool.map(one, paths))
+
+    def check(self, paths: Sequence[str]) -> None:
+        """Ask for tiles, which have to be those of the application alone, byte for byte."""
+        answers = self.ask(paths)
+        assert {answer.status_code for answer in answers} == {200}, [answer.text[:300] for answer in answers]
+        for path, answer in zip(paths, answers, strict=True):
+            assert answer.content == self.alone.get(path).content, path
+
+    def encoded_alone(self) -> int:
+        return int(self.alone.app.state.service.engines()[0].windows_encoded)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("served")
+    scene = ensure_demo_scene(folder / "scene")
+    with rasterio.open(scene) as raster:
+        bounds = transform_bounds(raster.crs, "EPSG:4326", *raster.bounds)
+    rows: dict[int, list[str]] = {}
+    for tile in morecantile.tms.get("WebMercatorQuad").tiles(*bounds, 18):
+        rows.setdefault(tile.y, []).append(f"{TILES}/18/{tile.x}/{tile.y}.png?url={scene.name}")
+    with ExitStack() as stack:
+        running = stack.enter_context(cluster(nodes=2, cpus=3))
+        redis = start_redis(folder)
+        stack.callback(redis.close)
+        port = free_port()
+        settings = {**SETTINGS, "redis_url": f"redis://127.0.0.1:{redis.port}/0", "ray_ingress_replicas": 2}
+        command = [sys.executable, "-m", "geocentroids_tiler.cli", "serve", "--port", str(port)]
+        server = Process(
+            [*command, "--root", str(scene.parent), "--ray", running.address],
+            port,
+            folder / "serve.log",
+            {f"GEOCENTROIDS_{name.upper()}": str(value) for name, value in settings.items()},
+        )
+        stack.callback(server.close)
+        alone = stack.enter_context(TestClient(create_app(Settings(root=scene.parent, **SETTINGS))))  # type: ignore[arg-type]
+        until(lambda: "Open http" in server.text() or server.text().startswith("Error"))
+        assert "Open http" in server.text(), server.text()
+        until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
+        yield Served(server, running.address, redis, scene, list(rows.values()), alone)
+
+
+def test_the_same_tiles_and_no_window_twice(served: Served) -> None:
+    """Each tile is asked for twice by sixteen clients, with both ingress replicas and both devices there."""
+    paths = [path for row in served.paths[1:4] for path in row]
+    served.check([*paths, *paths])
+    assert served.encoded_alone() > 50
+    assert served.server.metric("windows_encoded_total") == served.encoded_alone()
+    info = served.ask([f"/cog/geocentroids/info?url={served.scene.name}"])[0].json()
+    assert info["device"] == served.alone.get(f"/cog/geocentroids/info?url={served.scene.name}").json()["device"]
+
+
+def test_redis_may_go_and_come_back(served: Served) -> None:
+    served.redis.close()
+    served.check(served.paths[4])
+    until(lambda: "redis away" in httpx.get(f"{served.server.url}/readyz").text)
+    served.redis = start_redis(served.redis.log.parent, served.redis.port)
+    try:
+        served.check(served.paths[5])
+    finally:
+        served.redis.close()
+
+
+def test_a_client_that_goes_away_gives_up_its_windows(served: Served) -> None:
+    before = served.server.metric("windows_given_up_total")
+    for path in served.paths[6]:
+        with suppress(httpx.ReadTimeout):
+            httpx.get(served.server.url + path, timeout=0.3)
+    until(lambda: served.server.metric("device_queue") == 0)
+    assert served.server.metric("windows_given_up_total") > before
+
+
+def test_a_device_that_dies_costs_no_tile(served: Served) -> None:
+    import ray
+
+    with connected(served.address), ThreadPoolExecutor(1) as pool:
+        names = [
+            entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True) if "Encoders" in entry["name"]
+        ]
+        assert len(names) == 2
+        paths = [path for row in served.paths[7:9] for path in row]
+        asked = pool.submit(served.check, paths)
+        until(lambda: served.server.metric("device_queue") > 0)
+        for name in names[:1]:
+            ray.kill(ray.get_actor(name, namespace="serve"))
+        asked.result(PATIENCE_S)
