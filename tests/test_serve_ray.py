@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from starlette.testclient import TestClient
 
 from geocentroids_tiler.app import create_app
 from geocentroids_tiler.distributed import connected
+from geocentroids_tiler.labels.owners import block_key, ranked
 from geocentroids_tiler.scene import ensure_demo_scene
 from geocentroids_tiler.settings import Settings
+from geocentroids_tiler.source import ReadOptions
 
 pytestmark = [
     *RAY_WARNINGS,
@@ -32,7 +34,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed"),
 ]
 SETTINGS = {"threads": 1, "tile_budget_s": 600}
-PATIENCE_S = 120.0
+PATIENCE_S = 60.0
 CLIENTS = 16
 TILES = "/cog/geocentroids/tiles/WebMercatorQuad"
 
@@ -137,25 +139,40 @@ def test_redis_may_go_and_come_back(served: Served) -> None:
 
 
 def test_a_client_that_goes_away_gives_up_its_windows(served: Served) -> None:
-    before = served.server.metric("windows_given_up_total")
-    for path in served.paths[6]:
-        with suppress(httpx.ReadTimeout):
-            httpx.get(served.server.url + path, timeout=0.3)
-    until(lambda: served.server.metric("device_queue") == 0)
-    assert served.server.metric("windows_given_up_total") > before
+    server = served.server
+    whole = httpx.get(f"{server.url}/cog/geocentroids/info?url={served.scene.name}").json()
+    west, south, east, north = whole["bounds"]
+    encoded, given_up = server.metric("windows_encoded_total"), server.metric("windows_given_up_total")
+    path = f"/cog/geocentroids/bbox/{west},{south},{east},{north}.tif?url={served.scene.name}&bidx=1&bidx=3&bidx=2"
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.get, server.url + path, timeout=2)
+        until(lambda: server.metric("device_queue") > 0)
+        with pytest.raises(httpx.ReadTimeout):
+            asked.result()
+    until(lambda: server.metric("device_queue") == 0)
+    assert server.metric("windows_given_up_total") > given_up
+    assert server.metric("windows_encoded_total") - encoded < 0.75 * whole["chunks"], "the rest was not computed"
 
 
 def test_a_device_that_dies_costs_no_tile(served: Served) -> None:
     import ray
 
+    service = served.alone.app.state.service  # type: ignore[attr-defined]
+    dataset = service.dataset(served.scene.name, ReadOptions(bidx=(3, 2, 1)), service.codebook(None)).result()
     with connected(served.address), ThreadPoolExecutor(1) as pool:
-        names = [
-            entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True) if "Encoders" in entry["name"]
-        ]
-        assert len(names) == 2
-        paths = [path for row in served.paths[7:9] for path in row]
+        devices = {name.rpartition("#")[2]: name for name in _devices()}
+        assert len(devices) == 2
+        owner, _ = ranked(block_key(dataset.key, (0, 0)), list(devices))
+        paths = [f"{path}&bidx=3&bidx=2&bidx=1" for row in served.paths[1:4] for path in row]
         asked = pool.submit(served.check, paths)
         until(lambda: served.server.metric("device_queue") > 0)
-        for name in names[:1]:
-            ray.kill(ray.get_actor(name, namespace="serve"))
+        ray.kill(ray.get_actor(devices[owner], namespace="serve"))
         asked.result(PATIENCE_S)
+        assert devices[owner] not in _devices()
+
+
+def _devices() -> list[str]:
+    import ray
+
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    return [name for name in names if "#Encoders#" in name]

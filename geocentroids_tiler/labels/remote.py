@@ -300,8 +300,8 @@ class LabelDesk:
         waiting = len(self._labeller.waiting())
         if waiting >= self._queue_windows and not request.background:
             raise BusyError(
-                f"{waiting} windows wait to be labelled by one device, and at most {self._queue_windows} are kept waiting "
-                "there; try again",
+                f"{waiting} windows wait for one device, and at most {self._queue_windows} are kept waiting there; "
+                "try again",
                 waiting * self._labeller.seconds_per_chunk,
             )
         rank = BACKGROUND if request.background else _ON_ITS_WAY
