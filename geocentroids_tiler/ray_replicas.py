@@ -23,11 +23,9 @@ from geocentroids_tiler.hub import find_codebook
 from geocentroids_tiler.labels.device import DeviceLabeller
 from geocentroids_tiler.labels.futures import follow
 from geocentroids_tiler.labels.labeller import DeviceFigures, device_name
-from geocentroids_tiler.labels.once import Claim
 from geocentroids_tiler.labels.owners import ranked
 from geocentroids_tiler.labels.remote import DeviceDescription, LabelDesk, LabelReply, LabelRequest, RemoteLabeller
 from geocentroids_tiler.labels.service import Service, load_codebook_encoder
-from geocentroids_tiler.labels.store import ChunkLabels
 from geocentroids_tiler.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -116,12 +114,7 @@ class Encoders:
     async def label(self, _: str, request: LabelRequest) -> LabelReply:
         """Label chunks; cancelled, what nobody else wants is given up."""
         desk = await asyncio.wrap_future(follow(self._desk_of(request.codebook, request.digest)))
-        claims = desk.claim(request)
-        try:
-            return [await _outcome(claim) for claim in claims]
-        finally:
-            for claim in claims:
-                claim.release()
+        return await desk.label(request)
 
     async def figures(self, digest: str) -> DeviceFigures | None:
         """Return what was done with a codebook since the start."""
@@ -152,17 +145,6 @@ class Encoders:
             encoder.close()
             raise
         return LabelDesk(labeller, queue_windows=settings.queue_windows, label_cache_bytes=settings.label_cache_bytes)
-
-
-async def _outcome(claim: Claim[ChunkLabels]) -> ChunkLabels | GeocentroidsError:
-    """Return the labels of one chunk, or why it has none: those beside it are not to fail with it."""
-    try:
-        return await asyncio.wrap_future(claim.future)
-    except GeocentroidsError as error:
-        return error
-    except Exception as error:
-        logger.exception("a chunk could not be labelled")
-        return EncoderError(f"the device failed: {type(error).__name__}: {error}")
 
 
 class Ingress:

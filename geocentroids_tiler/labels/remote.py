@@ -6,6 +6,8 @@ gets which batch, is a ``Carrier``'s matter.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.encoder.base import ChunkLayout, DeviceInfo
-from geocentroids_tiler.errors import BusyError, GeocentroidsError
+from geocentroids_tiler.errors import BusyError, EncoderError, GeocentroidsError
 from geocentroids_tiler.grid import ChunkIndex
 from geocentroids_tiler.labels.batching import BACKGROUND, BatchQueue, Lane, Rank
 from geocentroids_tiler.labels.device import DeviceLabeller
@@ -29,6 +31,8 @@ from geocentroids_tiler.labels.labeller import ChunkJob, DatasetKey, DeviceFigur
 from geocentroids_tiler.labels.once import Claim, Once, Work
 from geocentroids_tiler.labels.owners import block_key
 from geocentroids_tiler.labels.store import ChunkLabels
+
+logger = logging.getLogger(__name__)
 
 BATCH_CHUNKS = 16
 """Chunks sent together: neighbours share windows, and a message costs milliseconds."""
@@ -291,8 +295,8 @@ class LabelDesk:
         kept: ByteCache[WindowKey, ChunkLabels] = ByteCache(label_cache_bytes, lambda chunk: chunk.nbytes)
         self._chunks: Once[WindowKey, ChunkLabels] = Once(kept, labeller.lock)
 
-    def claim(self, request: LabelRequest) -> list[Claim[ChunkLabels]]:
-        """Return a share in the labels of each chunk of a request.
+    async def label(self, request: LabelRequest) -> LabelReply:
+        """Label the chunks of a request; cancelled, what nobody else wants is given up.
 
         Raises:
             BusyError: if too many windows wait, and the request is no background work.
@@ -305,7 +309,12 @@ class LabelDesk:
                 waiting * self._labeller.seconds_per_chunk,
             )
         rank = BACKGROUND if request.background else _ON_ITS_WAY
-        return [self._claim(request, index, rank) for index in request.chunks]
+        claims = [self._claim(request, index, rank) for index in request.chunks]
+        try:
+            return [await _outcome(claim) for claim in claims]
+        finally:
+            for claim in claims:
+                claim.release()
 
     def _claim(self, request: LabelRequest, index: ChunkIndex, rank: Rank) -> Claim[ChunkLabels]:
         def window(wanted: ChunkIndex, _: Rank) -> Claim[_Sent]:
@@ -324,3 +333,14 @@ class LabelDesk:
     def figures(self) -> DeviceFigures:
         """Return what was done since the start."""
         return self._labeller.figures()
+
+
+async def _outcome(claim: Claim[ChunkLabels]) -> ChunkLabels | GeocentroidsError:
+    """Return the labels of one chunk, or why it has none: those beside it are not to fail with it."""
+    try:
+        return await asyncio.wrap_future(claim.future)
+    except GeocentroidsError as error:
+        return error
+    except Exception as error:
+        logger.exception("a chunk could not be labelled")
+        return EncoderError(f"the device failed: {type(error).__name__}: {error}")
