@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 import ray
@@ -164,7 +166,17 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application, as it is without Ray but for its devices."""
         carrier = HandleCarrier(self._devices)
-        return create_app(service=Service(self._settings, labeller=lambda codebook: RemoteLabeller(codebook, carrier)))
+        app = create_app(service=Service(self._settings, labeller=lambda codebook: RemoteLabeller(codebook, carrier)))
+        serving = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+            async with serving(app) as state:
+                yield state
+                carrier.close()  # before the service waits for what devices that go as well will not answer
+
+        app.router.lifespan_context = lifespan
+        return app
 
 
 class HandleCarrier:
@@ -173,18 +185,19 @@ class HandleCarrier:
     def __init__(self, handle: Any) -> None:
         """Start the thread in which replies are waited for."""
         self._handle = handle
+        self._closed = False
+        self._asked: set[Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="geocentroids-carry", daemon=True).start()
 
     def describe(self, codebook: str, digest: str) -> DeviceDescription:
         """Return what labels the chunks of a codebook, waiting for it to be loaded."""
-        asked = asyncio.run_coroutine_threadsafe(self._ask("describe", digest, codebook, digest), self._loop)
-        description: DeviceDescription = asked.result(LOAD_S)
+        description: DeviceDescription = self._begin("describe", digest, codebook, digest).result(LOAD_S)
         return description
 
     def label(self, owner: str, request: LabelRequest) -> Future[LabelReply]:
         """Have chunks labelled by the owner of a block, or once more by the next if it dies."""
-        return asyncio.run_coroutine_threadsafe(self._ask("label", owner, request), self._loop)
+        return self._begin("label", owner, request)
 
     def figures(self, digest: str) -> list[DeviceFigures]:
         """Return what each device did with a codebook; all are left out if one of them does not answer soon."""
@@ -200,8 +213,22 @@ class HandleCarrier:
             return []
         return [figures for figures in found if isinstance(figures, DeviceFigures)]
 
+    def close(self) -> None:
+        """Give up what was asked for, and refuse what is asked for from now on."""
+        self._closed = True
+        for asked in list(self._asked):
+            asked.cancel()
+
+    def _begin(self, method: str, owner: str, *args: Any) -> Future[Any]:
+        asked = asyncio.run_coroutine_threadsafe(self._ask(method, owner, *args), self._loop)
+        self._asked.add(asked)
+        asked.add_done_callback(self._asked.discard)
+        return asked
+
     async def _ask(self, method: str, owner: str, *args: Any) -> Any:
         """Call a method of the owner; one that goes meanwhile is replaced by the next owner, once."""
+        if self._closed:
+            raise EncoderError("the server is shutting down")
         for tried_before in (False, True):
             response = getattr(self._handle, method).remote(owner, *args)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import signal
@@ -58,12 +59,13 @@ def serve_on_ray(settings: Settings, address: str, host: str, port: int, started
         agreement = f"agreement-{secrets.token_hex(8)}"
         digest = codebook_digest(settings.codebook, settings)
         before = _end_on_signals(ended)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
             try:
                 serve.run(application(settings, nodes, digest, agreement), name=APP_NAME, route_prefix="/")
             except RuntimeError as error:
-                raise ClusterError(f"the server did not start on the cluster: {_reason(error)}") from error
+                raise ClusterError(f"the server did not start on the cluster: {_reason(error, serve)}") from error
             _await_answer(host, port, ended)
             if not ended.is_set():
                 started()
@@ -159,15 +161,19 @@ def _stop(agreement: str) -> None:
     from geocentroids_tiler.ray_replicas import NAMESPACE
 
     ray = import_ray()
-    serve.delete(APP_NAME)
-    if not serve.status().applications:
+    with suppress(TimeoutError):  # a replica that does not end is ended with Ray Serve
+        serve.delete(APP_NAME)
+    if not any(name != APP_NAME for name in serve.status().applications):
         serve.shutdown()
     with suppress(ValueError):
         ray.kill(ray.get_actor(agreement, namespace=NAMESPACE))
 
 
-def _reason(error: BaseException) -> str:
-    """Return the line of an error of Ray Serve that says what happened in a replica, else its first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    ours = [line for line in lines if line.startswith("geocentroids_tiler.errors.")]
-    return (ours or lines or [type(error).__name__])[-1 if ours else 0][:500]
+def _reason(error: BaseException, serve: Any) -> str:
+    """Return what a replica said that could not start, else the first line of the error."""
+    found = serve.status().applications.get(APP_NAME)
+    told = [deployment.message for deployment in found.deployments.values()] if found is not None else []
+    lines = [line.strip() for text in [str(error), *told] for line in text.splitlines() if line.strip()]
+    ours = [line.partition(": ")[2] for line in lines if line.startswith("geocentroids_tiler.errors.")]
+    reason: str = (ours[-1:] or lines[:1] or [type(error).__name__])[0]
+    return reason[:500]

@@ -51,6 +51,11 @@ class Process:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def returncode(self) -> int | None:
+        """What it ended with; None while it runs."""
+        return self._process.poll()
+
     def await_start(self, path: str | None = None) -> None:
         """Wait until it listens, or answers 200 to a path."""
         deadline_s = time.monotonic() + START_S

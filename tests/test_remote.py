@@ -125,12 +125,17 @@ def test_the_same_labels_and_no_window_twice(make: Callable[..., Far]) -> None:
 
 def test_windows_are_sent_in_batches(make: Callable[..., Far]) -> None:
     far = make()
-    far.engines[0].block(far.dataset, far.dataset.footprint)
+    far.encoder.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(far.engines[0].block, far.dataset, far.dataset.footprint)
+        until(lambda: far.engines[0].device_queue > 2 * remote.BATCH_CHUNKS)
+        assert len(far.carrier.requests) == remote.UNDER_WAY_BATCHES, "no more are sent until one comes back"
+        far.encoder.gate.set()
+        asked.result(PATIENCE_S)
     requests = [request for _, request in far.carrier.requests]
-    assert max(len(request.chunks) for request in requests) > 4
-    assert all(len(request.chunks) <= remote.BATCH_CHUNKS for request in requests)
-    sent = sum(len(request.windows) for request in requests)
-    assert sent < 2 * len(far.encoder.encoded), "neighbours share windows, although each chunk has four"
+    largest = max(requests, key=lambda request: len(request.chunks))
+    assert len(largest.chunks) == remote.BATCH_CHUNKS
+    assert len(largest.windows) < 3 * len(largest.chunks), "neighbours share windows, of which each chunk has four"
     assert {owner for owner, _ in far.carrier.requests} == {block_key(far.dataset.key, (0, 0))}
 
 
@@ -140,7 +145,7 @@ def test_what_nobody_waits_for_is_given_up_there(make: Callable[..., Far]) -> No
 
     async def go_away() -> None:
         asked = asyncio.create_task(far.engines[0].block_async(far.dataset, far.dataset.footprint))
-        await asyncio.to_thread(far.encoder.await_run)
+        await asyncio.to_thread(until, lambda: far.labeller.queued > 4)
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
 
@@ -178,14 +183,12 @@ def test_a_chunk_that_fails_takes_none_with_it(make: Callable[..., Far]) -> None
     chunks = list(far.dataset.footprint.chunks(3))
     window = read_windows(far.dataset, [chunks[0]], 14)[0]
     far.encoder.poison.add(window_id(window.pixels))
-    outcomes = [future for _, future in far.engines[0].ahead(far.dataset, chunks[:40])]
-    failed = [index for index, future in zip(chunks, outcomes, strict=False) if future.exception(PATIENCE_S)]
+    ahead = far.engines[0].ahead(far.dataset, chunks[:40])
+    failed = {tuple(index): error for index, future in ahead if (error := future.exception(PATIENCE_S)) is not None}
     covered = {(chunks[0].row + a, chunks[0].col + b) for a in range(2) for b in range(2)}
-    assert chunks[0] in failed
-    assert {tuple(index) for index in failed} <= covered
-    error = outcomes[0].exception()
-    assert isinstance(error, EncoderError)
-    assert "PoisonError" in str(error)
+    assert tuple(chunks[0]) in failed
+    assert set(failed) <= covered
+    assert all(isinstance(error, EncoderError) and "PoisonError" in str(error) for error in failed.values())
 
 
 def test_a_full_device_refuses_with_a_time(make: Callable[..., Far]) -> None:

@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 
 from geocentroids_tiler.app import create_app
 from geocentroids_tiler.distributed import connected
+from geocentroids_tiler.errors import ClusterError
 from geocentroids_tiler.labels.owners import block_key, ranked
 from geocentroids_tiler.scene import ensure_demo_scene
 from geocentroids_tiler.settings import Settings
@@ -54,6 +55,7 @@ class Served:
         server: the command.
         address: of the cluster.
         redis: holds labels.
+        logs: folder of what replicas print.
         scene: the image.
         paths: tiles of zoom 18 of all of the image, by row.
         alone: an application in this process, for comparison.
@@ -62,6 +64,7 @@ class Served:
     server: Process
     address: str
     redis: Process
+    logs: Path
     scene: Path
     paths: list[list[str]]
     alone: TestClient
@@ -114,7 +117,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         until(lambda: "Open http" in server.text() or server.text().startswith("Error"))
         assert "Open http" in server.text(), server.text()
         until(lambda: httpx.get(f"{server.url}/readyz").status_code == 200)
-        yield Served(server, running.address, redis, scene, list(rows.values()), alone)
+        logs = Path(running._cluster.head_node.get_session_dir_path()) / "logs"
+        yield Served(server, running.address, redis, logs, scene, list(rows.values()), alone)
 
 
 def test_the_same_tiles_and_no_window_twice(served: Served) -> None:
@@ -176,3 +180,33 @@ def _devices() -> list[str]:
 
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     return [name for name in names if "#Encoders#" in name]
+
+
+def test_who_asks_is_seen_through_the_proxy(served: Served) -> None:
+    transport = httpx.HTTPTransport(local_address="127.0.0.5")
+    with httpx.Client(base_url=served.server.url, transport=transport) as client:
+        assert client.get("/cog/geocentroids/info?url=missing.tif").status_code == 404
+    line = "127.0.0.5 GET /cog/geocentroids/info 404"
+    until(lambda: any(line in path.read_text() for path in served.logs.glob("worker*.err")))
+
+
+def test_ended_it_leaves_nothing(served: Served) -> None:
+    import ray
+
+    served.server.close()
+    assert served.server.returncode == 0, served.server.text()
+    with connected(served.address):
+        assert ray.util.list_named_actors(all_namespaces=True) == []
+
+
+def test_devices_of_another_kind_are_refused() -> None:
+    from geocentroids_tiler.ray_replicas import Agreement, check_device  # Ray warns of itself when it is imported
+
+    agreement = Agreement()
+    one = agreement.first("10.0.0.1", "openvino/CPU/bf16")
+    check_device("10.0.0.1", "openvino/CPU/bf16", *one)
+    two = agreement.first("10.0.0.2", "openvino/CPU/fp32")
+    assert two == one
+    told = r"node 10\.0\.0\.2 computes on openvino/CPU/fp32, node 10\.0\.0\.1 on openvino/CPU/bf16;"
+    with pytest.raises(ClusterError, match=told):
+        check_device("10.0.0.2", "openvino/CPU/fp32", *two)

@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 BATCH_CHUNKS = 16
 """Chunks sent together: neighbours share windows, and a message costs milliseconds."""
-UNDER_WAY_BYTES = 64 * 2**20
-"""Windows that were sent and not answered. What is sent cannot be overtaken by what is more urgent."""
+UNDER_WAY_BATCHES, UNDER_WAY_BYTES = 8, 64 * 2**20
+"""Batches, and windows in them, that were sent and not answered. Nothing overtakes what was sent; what waits meanwhile
+goes together."""
 _ON_ITS_WAY: Rank = (1, 0, 0)
 """Rank of everything that is not background: senders decide what goes first, here it is first come first served."""
 
@@ -167,7 +168,8 @@ class RemoteLabeller:
         self._layout = ChunkLayout(pre.window_patches, pre.margin_patches, pre.stride_patches)
         self._window_bytes = 3 * (pre.window_patches * codebook.manifest.encoder.patch_px) ** 2
         self._wanted: set[ChunkJob] = set()
-        self._under_way = 0
+        self._batches = 0
+        self._windows = 0
         self._when_shorter: Callable[[], None] = lambda: None
         self._send: Lane[_Item, tuple[_Batch, int]] = Lane(
             self._send_batch,
@@ -177,7 +179,7 @@ class RemoteLabeller:
         self._queue = BatchQueue(
             "geocentroids-send",
             1,
-            may_take=lambda: self._under_way * self._window_bytes < UNDER_WAY_BYTES,
+            may_take=self._may_send,
             when_shorter=lambda: self._when_shorter(),
         )
 
@@ -242,6 +244,9 @@ class RemoteLabeller:
 
         when_all([claim.future for claim in claims], lambda futures: work.go_on(lambda: read(futures)))
 
+    def _may_send(self) -> bool:
+        return self._batches < UNDER_WAY_BATCHES and self._windows * self._window_bytes < UNDER_WAY_BYTES
+
     def _forget(self, job: ChunkJob) -> None:
         with self.lock:
             self._wanted.discard(job)
@@ -258,11 +263,13 @@ class RemoteLabeller:
             windows,
         )
         with self.lock:
-            self._under_way += len(windows)
+            self._batches += 1
+            self._windows += len(windows)
 
         def arrived(_: Future[LabelReply]) -> None:
             with self.lock:
-                self._under_way -= len(windows)
+                self._batches -= 1
+                self._windows -= len(windows)
             self._queue.wake()
 
         future = self._carrier.label(block_key(first.job.dataset, first.job.place), request)
