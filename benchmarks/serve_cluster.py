@@ -33,9 +33,15 @@ from ray_cluster import cluster
 from serving import Client, Server, viewport
 
 from geocentroids_tiler.distributed import connected
+from geocentroids_tiler.labels.owners import block_key, ranked
+from geocentroids_tiler.labels.service import Service
 from geocentroids_tiler.scene import ensure_demo_scene
+from geocentroids_tiler.settings import Settings
+from geocentroids_tiler.source import ReadOptions
 
 COMMON = {"tile_budget_s": 600, "client_requests": 1000, "requests_at_once": 1000, "token_cache_bytes": 2**30}
+KILLED_BANDS = (2, 3, 1)
+"""Bands of tiles that are asked for while a device dies: labels of other bands are other labels."""
 TIMES_ASKED = 4
 """How often each cold tile is asked for, by different clients at about the same time."""
 
@@ -64,7 +70,7 @@ class Layout:
 
 
 @contextmanager
-def one_process(root: Path, folder: Path) -> Iterator[Layout]:
+def one_process(root: Path, _: Sequence[Path], folder: Path) -> Iterator[Layout]:
     """Run a process that has all cores."""
     server = start_serve(root, folder / "one.log", threads=os.cpu_count(), **COMMON)
     try:
@@ -75,7 +81,7 @@ def one_process(root: Path, folder: Path) -> Iterator[Layout]:
 
 
 @contextmanager
-def behind_nginx(root: Path, folder: Path) -> Iterator[Layout]:
+def behind_nginx(root: Path, _: Sequence[Path], folder: Path) -> Iterator[Layout]:
     """Run two processes behind nginx, which share the cores, and Redis."""
     redis = start_redis(folder)
     settings = {"redis_url": f"redis://127.0.0.1:{redis.port}/0", "threads": _half(), **COMMON}
@@ -101,10 +107,14 @@ def behind_nginx(root: Path, folder: Path) -> Iterator[Layout]:
 
 
 @contextmanager
-def on_ray(root: Path, folder: Path) -> Iterator[Layout]:
+def on_ray(root: Path, images: Sequence[Path], folder: Path) -> Iterator[Layout]:
     """Run `serve --ray` on two nodes with a device each, two ingress replicas, and Redis."""
     import ray
 
+    service = Service(Settings(root=root))
+    dataset = service.dataset(images[0].name, ReadOptions(bidx=KILLED_BANDS), service.codebook(None)).result()
+    owned = block_key(dataset.key, (0, 0))
+    service.close()
     with cluster(nodes=2, cpus=3) as running:
         redis = start_redis(folder)
         port = free_port()
@@ -128,8 +138,9 @@ def on_ray(root: Path, folder: Path) -> Iterator[Layout]:
             def kill() -> None:
                 with connected(running.address):
                     actors = ray.util.list_named_actors(all_namespaces=True)
-                    names = [actor["name"] for actor in actors if "#Encoders#" in actor["name"]]
-                    ray.kill(ray.get_actor(random.choice(names), namespace="serve"))
+                    names = {actor["name"].rpartition("#")[2]: actor["name"] for actor in actors}
+                    devices = [last for last, name in names.items() if "#Encoders#" in name]
+                    ray.kill(ray.get_actor(names[ranked(owned, devices)[0]], namespace="serve"))
 
             yield Layout("Ray, two nodes", server, [server], kill, redis)
         finally:
@@ -235,7 +246,8 @@ def outages(layout: Layout, root: Path, images: Sequence[Path], folder: Path, cl
         if layout.redis is not redis:
             layout.redis.close()
     if layout.kill is not None:
-        took, failed = asyncio.run(meanwhile("&bidx=2&bidx=3&bidx=1", layout.kill))
+        bands = "".join(f"&bidx={band}" for band in KILLED_BANDS)
+        took, failed = asyncio.run(meanwhile(bands, layout.kill))
         print(
             f"{layout.name}: a device killed: {len(took)} tiles, {failed} failed, the slowest after {max(took):.1f} s"
         )
@@ -256,7 +268,7 @@ def main() -> None:
             shutil.copyfile(scene, image)
         alone: tuple[float, ...] | None = None
         for start in (one_process, behind_nginx, on_ray):
-            with start(scene.parent, folder) as layout:
+            with start(scene.parent, images, folder) as layout:
                 found = measure(layout, scene.parent, images, arguments.clients, arguments.seconds)
                 if alone is None:
                     alone = found

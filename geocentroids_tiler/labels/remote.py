@@ -262,9 +262,6 @@ class RemoteLabeller:
             tuple(item.job.index for item in items),
             windows,
         )
-        with self.lock:
-            self._batches += 1
-            self._windows += len(windows)
 
         def arrived(_: Future[LabelReply]) -> None:
             with self.lock:
@@ -273,6 +270,9 @@ class RemoteLabeller:
             self._queue.wake()
 
         future = self._carrier.label(block_key(first.job.dataset, first.job.place), request)
+        with self.lock:
+            self._batches += 1
+            self._windows += len(windows)
         future.add_done_callback(arrived)
         batch = _Batch(future, len(items))
         return [(batch, place) for place in range(len(items))]
