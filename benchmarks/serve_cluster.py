@@ -189,7 +189,7 @@ async def ask_on(server: Server, paths: Sequence[str], clients: int, seconds: fl
         while (start := time.perf_counter()) < stop:
             try:
                 await client.get(rng.choice(paths))
-            except asyncio.IncompleteReadError:  # nginx ends a connection after a thousand requests
+            except (asyncio.IncompleteReadError, ConnectionError):  # nginx ends a connection after a thousand requests
                 client = Client(server)
                 continue
             took.append(time.perf_counter() - start)
