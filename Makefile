@@ -30,6 +30,7 @@ check: $(VENV)/.tested  ## formatting, lint, types, import contracts
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 	if command -v npm >/dev/null; then cd static && npm run check && npm test; fi
+	if command -v npm >/dev/null; then cd deploy && { [ -d node_modules ] || npm ci; } && npm run check; fi
 
 unit: $(VENV)/.tested $(VIEWER)  ## the tests
 	$(BIN)/pytest -n auto --dist loadfile
@@ -63,7 +64,7 @@ audit: $(SUPPLY)/.installed  ## known vulnerabilities of what the image and the 
 	for lock in locks/*.txt; do \
 		echo "$$lock"; $(SUPPLY)/bin/pip-audit --strict --disable-pip --require-hashes -r "$$lock" || failed=1; \
 	done; \
-	(cd static && npm audit) || failed=1; \
+	for folder in static deploy; do (cd $$folder && npm audit) || failed=1; done; \
 	[ -z "$$failed" ]
 
 $(SUPPLY)/.installed: Makefile
@@ -85,4 +86,4 @@ $(VENV)/.tested: $(VENV)/.installed fit/pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SMOKE) $(SUPPLY) static/dist static/node_modules
+	rm -rf $(VENV) $(SMOKE) $(SUPPLY) static/dist static/node_modules deploy/node_modules

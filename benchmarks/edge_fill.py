@@ -148,7 +148,7 @@ class Labeller:
     """Labels regions by the served way: windows are encoded, blended and assigned."""
 
     def __init__(self, engine: LabelEngine) -> None:
-        self.layout, self._encoder = engine.layout, engine.encoder
+        self.layout, self._encoder = engine.layout, engine.labeller.encoder
         codebook = engine.codebook
         self.patch_px = codebook.manifest.encoder.patch_px
         self._assigner: Assigner = self._encoder.assigner(

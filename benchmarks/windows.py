@@ -284,7 +284,7 @@ def blended_tokens(engine: LabelEngine, dataset: Dataset, area: PatchRange, cent
     Returns:
         Of shape (len(centres), H, W, D), float32.
     """
-    layout, encoder = engine.layout, engine.encoder
+    layout, encoder = engine.layout, engine.labeller.encoder
     s, n, m, c = layout.stride_patches, layout.overlap, layout.margin_patches, layout.core_patches
     weights = layout.weights().reshape(n, n, s, s).transpose(0, 2, 1, 3).reshape(c, c, 1)
     result = np.zeros((len(centres), *area.shape, encoder.dim), np.float32)
@@ -320,11 +320,11 @@ def batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 def learn(engine: LabelEngine, scheme: Scheme, datasets: Sequence[Dataset]) -> Leak:
     """Learn how tokens differ when windows move by the scheme's ``move``, on images that are not measured."""
-    total, within, count = np.zeros(engine.encoder.dim), np.zeros((engine.encoder.dim,) * 2), 0
+    total, within, count = np.zeros(engine.labeller.encoder.dim), np.zeros((engine.labeller.encoder.dim,) * 2), 0
     for one in datasets:
         dataset, by = under(one, engine), scheme.move
         area = central_part(one.footprint, LEARNT_SIDE_PATCHES**2)
-        tokens = blended_tokens(engine, dataset, area, [None])[0].reshape(-1, engine.encoder.dim)
+        tokens = blended_tokens(engine, dataset, area, [None])[0].reshape(-1, engine.labeller.encoder.dim)
         again = blended_tokens(engine, move_windows(dataset, by), moved(area, by), [None])[0]
         difference = (unit(tokens) - unit(again.reshape(tokens.shape))).astype(np.float64)
         total += tokens.sum(axis=0)

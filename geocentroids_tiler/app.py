@@ -204,7 +204,7 @@ def _health_router(service: Service) -> APIRouter:
 
     @router.get("/readyz", responses={503: {"description": "The default codebook's encoder is not loaded yet."}})
     async def readyz() -> JSONResponse:
-        """Answer 200 once the default codebook's encoder has run."""
+        """Answer 200 once the default codebook's encoder has run; a store that is away only makes tiles slower."""
         try:
             codebook = await find_codebook(service, ReadParams())
             ready = service.loaded(codebook)
@@ -212,6 +212,8 @@ def _health_router(service: Service) -> APIRouter:
         except GeocentroidsError as error:
             ready, reason = False, str(error)
         body = {"status": "ok"} if ready else {"status": "not ready", "detail": reason}
+        if ready and (away := [store.name for store in service.stores() if store.away]):
+            body["detail"] = f"labels are computed: {', '.join(away)} away"
         return JSONResponse(body, 200 if ready else 503, headers=headers)
 
     @router.get("/metrics", response_class=PlainTextResponse)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from geocentroids_tiler.settings import Settings
     from geocentroids_tiler.source import Dataset, ReadOptions
 
+_PATHS = ("codebooks_dir", "root", "labels_dir", "label_store_dir")
+"""Settings that name folders, which other processes find only by their whole paths."""
 DEMO_BUDGET_S = 600
 DEMO_FOLDER = Path.home() / ".cache" / "geocentroids" / "demo"
 
@@ -85,7 +87,16 @@ def demo(host: str, port: int, codebook: str | None, folder: Path) -> None:
 )
 @labels_option
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes.")
-def serve(host: str, port: int, codebook: str | None, root: Path | None, labels: Path | None, workers: int) -> None:
+@click.option("--ray", "cluster", metavar="ADDRESS", help="Serve on a Ray cluster: auto, local or HOST:PORT.")
+def serve(
+    host: str,
+    port: int,
+    codebook: str | None,
+    root: Path | None,
+    labels: Path | None,
+    workers: int,
+    cluster: str | None,
+) -> None:
     """Serve tiles, exports and the web page. Further settings: GEOCENTROIDS_* environment variables."""
     import uvicorn
 
@@ -94,6 +105,9 @@ def serve(host: str, port: int, codebook: str | None, root: Path | None, labels:
     check_port(host, port)
     settings = load_settings(codebook=codebook, root=root, labels_dir=labels)
     find_codebook(settings.codebook, settings.codebooks_dir, allow_path=True)  # now, not in each worker
+    if cluster is not None:
+        _serve_on_ray(settings, cluster, host, port, workers)
+        return
     # Workers are processes of their own: they read the same settings from the environment.
     if settings.root is not None:
         os.environ["GEOCENTROIDS_ROOT"] = str(settings.root.resolve())
@@ -112,6 +126,27 @@ def serve(host: str, port: int, codebook: str | None, root: Path | None, labels:
         access_log=False,  # ours says the same, without queries and with the request's id
         timeout_graceful_shutdown=math.ceil(settings.request_timeout_s),
         **_protocol(settings),
+    )
+
+
+def _serve_on_ray(settings: Settings, address: str, host: str, port: int, workers: int) -> None:
+    """Serve on a Ray cluster until the command is ended."""
+    from geocentroids_tiler.ray_serving import serve_on_ray
+
+    if workers != 1:
+        raise InputError(f"--workers {workers} goes without --ray; GEOCENTROIDS_RAY_INGRESS_REPLICAS is what it has")
+    if settings.redis_url is None:
+        click.echo(
+            "Without GEOCENTROIDS_REDIS_URL the nodes share no labels: what one has is computed again by another.",
+            err=True,
+        )
+    paths = {name: path.resolve() for name in _PATHS if (path := getattr(settings, name)) is not None}
+    serve_on_ray(
+        settings.model_copy(update=paths),
+        address,
+        host,
+        port,
+        lambda: click.echo(f"Open http://{_shown(host)}:{port}/ in a browser (Ctrl+C ends the server)."),
     )
 
 

@@ -68,6 +68,10 @@ class BusyError(GeocentroidsError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[type[BusyError], tuple[str, float]]:
+        """Go from process to process whole."""
+        return type(self), (str(self), self.retry_after_s)
+
 
 class TooManyRequestsError(BusyError):
     """One client has as many requests under way as it may have."""

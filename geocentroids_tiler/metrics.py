@@ -28,16 +28,18 @@ class ServiceCollector(Collector):
         hits = CounterMetricFamily("geocentroids_cache_hits", "Values found in a cache.", labels=["cache"])
         misses = CounterMetricFamily("geocentroids_cache_misses", "Values not found in a cache.", labels=["cache"])
         errors = CounterMetricFamily("geocentroids_cache_errors", "Failures of a store.", labels=["cache"])
+        away = GaugeMetricFamily("geocentroids_store_away", "1: a store could not be reached.", labels=["cache"])
         for name, cache in self._service.caches.items():
             size.add_metric([name], cache.nbytes)
             hits.add_metric([name], cache.hits)
             misses.add_metric([name], cache.misses)
-        for tier in self._service.tier.figures() if self._service.tier is not None else ():
+        for tier in self._service.stores():
             size.add_metric([tier.name], tier.nbytes)
             hits.add_metric([tier.name], tier.hits)
             misses.add_metric([tier.name], tier.misses)
             errors.add_metric([tier.name], tier.errors)
-        yield from (size, hits, misses, errors)
+            away.add_metric([tier.name], tier.away)
+        yield from (size, hits, misses, errors, away)
 
     def _engines(self) -> Iterable[Metric]:
         by = ["codebook"]
@@ -53,11 +55,12 @@ class ServiceCollector(Collector):
         )
         for engine in self._service.engines():
             labels = [engine.codebook.name]
-            encoded.add_metric(labels, engine.windows_encoded)
-            given_up.add_metric(labels, engine.windows_given_up)
+            figures = engine.figures()  # once: it may wait for a network
+            encoded.add_metric(labels, figures.windows_encoded)
+            given_up.add_metric(labels, figures.windows_given_up)
             waiting.add_metric(labels, engine.windows_waiting)
             read.add_metric(labels, engine.windows_to_read)
-            queued.add_metric(labels, engine.device_queue)
+            queued.add_metric(labels, figures.queued)
             speed.add_metric(labels, engine.seconds_per_chunk)
         yield from (encoded, given_up, waiting, read, queued, speed)
 

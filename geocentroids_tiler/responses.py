@@ -274,7 +274,7 @@ def image_info(
         kept: its labels, if they are kept.
     """
     footprint = dataset.footprint
-    authority = dataset.grid.crs.to_authority()
+    authority = dataset.grid.crs.to_authority(min_confidence=100)
     return ImageInfo(
         url=dataset.source.url,
         bounds=dataset.geographic_bounds,
@@ -339,7 +339,7 @@ def mosaic_info(
 
 
 def _device_state(engine: LabelEngine) -> DeviceState:
-    device = engine.encoder.info
+    device = engine.device
     return DeviceState(
         backend=device.backend, provider=device.provider, device=device.device, precision=device.precision
     )

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from geocentroids_tiler.errors import InputError
 
 MIB = 2**20
+_REPLICAS = r"^[1-9][0-9]{0,3}(-[1-9][0-9]{0,3})?$"
 MIN_API_KEY = 16
 MIN_SIGNING_KEY = 32
 """Characters. A signing key can be tried out offline by whoever has one signature."""
@@ -142,6 +143,16 @@ class Settings(BaseSettings):
     queue_windows: int = Field(
         default=4096, ge=1, le=1_000_000, description="windows that may wait; with as many, requests are refused"
     )
+    ray_ingress_replicas: str = Field(
+        default="1-4",
+        pattern=_REPLICAS,
+        description="processes of `serve --ray` that read and answer: N, or MIN-MAX by what is under way",
+    )
+    ray_encoder_replicas: str | None = Field(
+        default=None,
+        pattern=_REPLICAS,
+        description="devices of `serve --ray`: N, or MIN-MAX; none: each GPU, without GPUs each node",
+    )
     tile_budget_s: float = Field(
         default=4, gt=0, le=600, description="computing time that a tile may need; it sets minzoom"
     )
@@ -197,6 +208,15 @@ class Settings(BaseSettings):
             if secret is not None and (len(text) < shortest or not re.fullmatch(r"[\x21-\x7e]+", text)):
                 raise ValueError(f"a key has at least {shortest} printable ASCII characters and no blanks")
         return value
+
+    @field_validator("ray_ingress_replicas", "ray_encoder_replicas")
+    @classmethod
+    def _check_replicas(cls, text: str | None) -> str | None:
+        """Refuse MIN-MAX with the greater first."""
+        least, _, most = (text or "").partition("-")
+        if most and int(least) > int(most):
+            raise ValueError("MIN is greater than MAX")
+        return text
 
     @field_validator("redis_url")
     @classmethod

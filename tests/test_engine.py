@@ -221,7 +221,7 @@ class TestEachWindowOnce:
         # One window is on the device and the other 15 wait: all chunks have asked for their windows.
         b.encoder.await_run()
         until(lambda: b.engine.windows_to_read == 0 and b.engine.device_queue >= 16 - b.encoder.batch_windows)
-        until(lambda: len(b.engine._tokens._running) == 16)
+        until(lambda: len(b.engine.labeller._tokens._running) == 16)
         b.encoder.gate.set()
         for chunk in chunks:
             chunk.result(PATIENCE_S)
@@ -293,7 +293,7 @@ class TestFailures:
         dataset = b.open("whole.tif")
         index = next(iter(dataset.footprint.chunks(6)))
         with monkeypatch.context() as patch:
-            patch.setattr(b.engine._assigner, "begin", lambda chunks: lambda: ([], []))
+            patch.setattr(b.engine.labeller._assigner, "begin", lambda chunks: lambda: ([], []))
             with pytest.raises(RuntimeError, match="0 results"):
                 b.engine.chunk(dataset, index).result(PATIENCE_S)
         assert b.engine.chunk(dataset, index).result(PATIENCE_S).labels.shape == (6, 6)

@@ -1157,7 +1157,7 @@ class TestClassify:
         encoder = app.loader.made["blend"]
         encoder.poison = {next(iter(encoder.encoded))}
         app.service.store._cache.clear()
-        app.service.engines()[0]._tokens._keeper._cache.clear()
+        app.service.engines()[0].labeller._tokens._keeper._cache.clear()
         (tmp_path / "whole.tif-None.tif").write_text("older")
         with pytest.raises(PoisonError):
             classified(app, tmp_path, "whole.tif")

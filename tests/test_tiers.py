@@ -99,6 +99,7 @@ class Counted:
     """A store in memory that writes down what it is asked."""
 
     errors = 0
+    away = False
     nbytes = 0
 
     def __init__(self, name: str, kept: dict[ChunkKey, ChunkLabels] | None = None) -> None:
@@ -283,9 +284,9 @@ class TestChain:
         assert set(middle.kept) == {key(1)}
         assert set(back.kept) == {key(1)}
         assert chain.figures() == [
-            TierFigures("a", 1, 3, 0, 0),
-            TierFigures("b", 0, 3, 0, 0),
-            TierFigures("c", 2, 1, 0, 0),
+            TierFigures("a", 1, 3, 0, 0, False),
+            TierFigures("b", 0, 3, 0, 0, False),
+            TierFigures("c", 2, 1, 0, 0, False),
         ]
 
     def test_nobody_is_asked_in_vain(self) -> None:

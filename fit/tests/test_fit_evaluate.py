@@ -30,6 +30,7 @@ from geocentroids_tiler.colors import srgb_to_oklab
 from geocentroids_tiler.encoder import ChunkLayout, DeviceInfo
 from geocentroids_tiler.errors import CodebookNotFoundError, InputError, SourceUnavailableError
 from geocentroids_tiler.grid import ChunkIndex, PatchRange
+from geocentroids_tiler.labels.device import DeviceLabeller
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.store import LabelStore
 from geocentroids_tiler.scene import make_scene
@@ -212,7 +213,12 @@ def test_moved_windows_show_the_ground_that_they_should(folder: Path) -> None:
 def test_labels_of_moved_windows(folder: Path, share: float) -> None:
     codebook = color_codebook()
     dataset = open_image(folder, "town_00.tif", codebook)
-    engine = LabelEngine(codebook, ColorEncoder(share), LabelStore(2**20), read_threads=1, token_cache_bytes=2**20)
+    engine = LabelEngine(
+        codebook,
+        DeviceLabeller(codebook, ColorEncoder(share), token_cache_bytes=2**20),
+        LabelStore(2**20),
+        read_threads=1,
+    )
     try:
         labels = engine.block(dataset, dataset.footprint).labels
         again = engine.block(move_windows(dataset, 1), moved(dataset.footprint, 1)).labels
@@ -231,7 +237,9 @@ def test_moved_windows_of_an_image_that_is_warped(tmp_path: Path) -> None:
     dataset = open_image(tmp_path, "x.tif", codebook)
     assert dataset.warped
     middle = central_part(dataset.footprint, 64)  # filled pixels at the image's edge do depend on the window
-    engine = LabelEngine(codebook, ColorEncoder(), LabelStore(2**20), read_threads=1, token_cache_bytes=2**20)
+    engine = LabelEngine(
+        codebook, DeviceLabeller(codebook, ColorEncoder(), token_cache_bytes=2**20), LabelStore(2**20), read_threads=1
+    )
     try:
         labels = engine.block(dataset, middle).labels
         again = engine.block(move_windows(dataset, 1), moved(middle, 1)).labels
@@ -382,7 +390,12 @@ def test_windows_that_matter_are_seen(codebooks: Path, tmp_path: Path) -> None:
 
     codebook = color_codebook(stride=6)
     dataset = open_image(tmp_path, "x.tif", codebook)
-    engine = LabelEngine(codebook, ColorEncoder(0.5), LabelStore(2**20), read_threads=1, token_cache_bytes=2**20)
+    engine = LabelEngine(
+        codebook,
+        DeviceLabeller(codebook, ColorEncoder(0.5), token_cache_bytes=2**20),
+        LabelStore(2**20),
+        read_threads=1,
+    )
     try:
         area = dataset.footprint
         lab = srgb_to_oklab(codebook.colors[engine.block(dataset, area).labels])

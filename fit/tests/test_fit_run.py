@@ -16,6 +16,7 @@ from geocentroids_fit.shards import MANIFEST_FILE, open_features
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook, file_sha256, load_codebook
 from geocentroids_tiler.encoder import encoder_source, load_encoder
 from geocentroids_tiler.errors import InputError
+from geocentroids_tiler.labels.device import DeviceLabeller
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.store import LabelStore
 from geocentroids_tiler.source import ReadOptions, open_dataset, resolve_source, source_identity
@@ -130,7 +131,12 @@ def test_serving_gives_the_labels_of_the_fit(project: Path) -> None:
 
 def served(codebook: Codebook, folder: Path, name: str) -> tuple[np.ndarray, object]:
     source = encoder_source(codebook.manifest.encoder, codebook.manifest.preprocess, codebook.encoder_path)
-    engine = LabelEngine(codebook, load_encoder(source), LabelStore(2**20), read_threads=1, token_cache_bytes=2**22)
+    engine = LabelEngine(
+        codebook,
+        DeviceLabeller(codebook, load_encoder(source), token_cache_bytes=2**22),
+        LabelStore(2**20),
+        read_threads=1,
+    )
     try:
         found = resolve_source(name, folder)
         dataset = open_dataset(found, source_identity(found), ReadOptions(), codebook)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -18,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
-from geocentroids_tiler.encoder.base import ChunkLayout, Encoder, Labels, TokenHandle
+from geocentroids_tiler.encoder.base import ChunkLayout, DeviceInfo
 from geocentroids_tiler.errors import BusyError
 from geocentroids_tiler.grid import ChunkIndex, PatchRange
 from geocentroids_tiler.labels.batching import BACKGROUND, BatchQueue, Lane, Rank
-from geocentroids_tiler.labels.futures import when_all
+from geocentroids_tiler.labels.labeller import ChunkJob, DeviceFigures, Labeller, WindowKey, device_name
 from geocentroids_tiler.labels.meters import Meters, timed
 from geocentroids_tiler.labels.once import Claim, Lru, Once, Work
 from geocentroids_tiler.labels.store import ChunkKey, ChunkLabels, LabelStore
 from geocentroids_tiler.labels.viewports import Viewports
-from geocentroids_tiler.source import CellCache, Dataset, ReadOptions, WindowPixels, iterate_windows
+from geocentroids_tiler.source import CellCache, Dataset, WindowPixels, iterate_windows
 
 if TYPE_CHECKING:
     from geocentroids_tiler.labels.tiers import TierChain
@@ -53,8 +52,6 @@ MAX_AT_HAND = 20_000
 """Chunks of a tile below minzoom that are looked for in memory."""
 LOOK_UP_BATCH = 256
 """Chunks looked up in one visit to a store outside of the process."""
-
-_WindowKey = tuple[tuple[str, str, ReadOptions], ChunkIndex]
 
 
 @dataclass(frozen=True)
@@ -92,35 +89,32 @@ class _WindowJob:
 
 
 class LabelEngine:
-    """Computes and keeps the labels of one codebook on one device. Safe for threads.
+    """Computes and keeps the labels of one codebook. Safe for threads.
 
-    Readers take windows from files, several through one opening; one thread owns the device and takes whatever
-    windows and chunks wait for it, those of the newest request first. Tokens stay on the device, so that neighbouring
-    chunks share their windows. What nobody waits for any more is not computed.
+    Readers take windows from files, several through one opening; a labeller takes them from there, wherever its device
+    is. What nobody waits for any more is not computed.
     """
 
     def __init__(
         self,
         codebook: Codebook,
-        encoder: Encoder,
+        labeller: Labeller,
         store: LabelStore,
         *,
         read_threads: int,
-        token_cache_bytes: int,
         queue_windows: int = sys.maxsize,
         host_batches: int = sys.maxsize,
         next_rank: Callable[[], Rank] | None = None,
         meters: Meters | None = None,
         tier: TierChain | None = None,
     ) -> None:
-        """Load the centroids, measure the device and start the threads.
+        """Start the threads.
 
         Args:
             codebook: whose labels.
-            encoder: the codebook's encoder.
+            labeller: labels the codebook's chunks; it is closed with the engine.
             store: keeps labels in memory.
             read_threads: threads that read windows at once, those that wait for the network not counted.
-            token_cache_bytes: device memory for tokens.
             queue_windows: with as many windows waiting, requests that need more are refused.
             host_batches: batches of windows read from one host at once.
             next_rank: returns the rank of the newest request, higher than all before; None: counts them itself.
@@ -129,15 +123,11 @@ class LabelEngine:
         """
         pre = codebook.manifest.preprocess
         self.codebook = codebook
-        self.encoder = encoder
         self.layout = ChunkLayout(pre.window_patches, pre.margin_patches, pre.stride_patches)
         self._patch_px = codebook.manifest.encoder.patch_px
-        self._assigner = encoder.assigner(
-            codebook.centroids.astype(np.float32), codebook.manifest.assignment.metric, self.layout
-        )
-        info = encoder.info
-        self.device_name = f"{info.backend}/{info.provider}/{info.precision}"
-        self.seconds_per_chunk = self._measure()
+        self.labeller = labeller
+        self.device_name = device_name(labeller.device)
+        self.seconds_per_chunk = labeller.seconds_per_chunk
         self._meters = Meters() if meters is None else meters
         self._tier = tier
         self._store = store
@@ -145,39 +135,27 @@ class LabelEngine:
         self._next_rank = Viewports().next if next_rank is None else next_rank
         window_bytes = 3 * (pre.window_patches * self._patch_px) ** 2
         self._cells = CellCache(CELL_CACHE_BYTES)
-        lock = threading.RLock()
+        lock = labeller.lock
         self._chunks: Once[ChunkKey, ChunkLabels] = Once(store, lock)
-        self._pixels: Once[_WindowKey, WindowPixels] = Once(Lru(PIXEL_CACHE_BYTES // window_bytes), lock)
-        self._tokens: Once[_WindowKey, TokenHandle] = Once(Lru(token_cache_bytes // encoder.token_bytes()), lock)
+        self._pixels: Once[WindowKey, WindowPixels] = Once(Lru(PIXEL_CACHE_BYTES // window_bytes), lock)
         self._read: Lane[_WindowJob, WindowPixels] = Lane(
             self._read_batch,
             lambda: READ_BATCH,
             group_of=lambda job: job.dataset.key,
             owner_of=lambda job: job.dataset.source.host,
         )
-        self._encode: Lane[NDArray[np.uint8], TokenHandle] = Lane(self._encode_batch, lambda: encoder.windows_at_once)
-        self._assign: Lane[Sequence[TokenHandle], ChunkLabels] = Lane(
-            lambda chunks: self._assigner.begin(chunks),
-            lambda: 4 * encoder.windows_at_once,
-            first=True,
-            finish=self._finish_assign,
-        )
         self._look_up: Lane[ChunkKey, ChunkLabels | None] = Lane(self._look_up_batch, lambda: LOOK_UP_BATCH)
         self._keep: Lane[tuple[ChunkKey, ChunkLabels], None] = Lane(self._keep_batch, lambda: LOOK_UP_BATCH)
-        self.windows_encoded = 0
-        on_gpu = info.device.startswith("cuda")
-        at_once = encoder.windows_at_once
+        at_once = labeller.windows_at_once
         self._read_ahead = max(2 * at_once, min(READ_AHEAD_RUNS * at_once, READ_AHEAD_BYTES // window_bytes))
         self._reading = BatchQueue(
             "geocentroids-read",
             read_threads,
             spare_threads=SPARE_READERS,
             owner_batches=host_batches,
-            may_take=lambda: len(self._device) < self._read_ahead,
+            may_take=lambda: labeller.queued < self._read_ahead,
         )
-        self._device = BatchQueue(
-            "geocentroids-device", 1, in_flight=2 if on_gpu else 1, when_shorter=self._reading.wake
-        )
+        labeller.when_shorter(self._reading.wake)
         self._storing = None if tier is None else BatchQueue("geocentroids-store", 1)
 
     @property
@@ -186,27 +164,41 @@ class LabelEngine:
         return len(self._reading)
 
     @property
-    def device_queue(self) -> int:
-        """Windows and chunks that wait for the device."""
-        return len(self._device)
+    def device(self) -> DeviceInfo:
+        """What computes."""
+        return self.labeller.device
 
     @property
     def windows_waiting(self) -> int:
         """Windows that are wanted and not encoded yet, whether read or not."""
-        return len(self._tokens.keys() | self._pixels.keys())
+        return len(self.labeller.waiting() | self._pixels.keys())
+
+    @property
+    def device_queue(self) -> int:
+        """Windows and chunks that wait for the device."""
+        return self.labeller.queued
+
+    @property
+    def windows_encoded(self) -> int:
+        """Windows encoded since the start."""
+        return self.figures().windows_encoded
 
     @property
     def windows_given_up(self) -> int:
         """Windows that were asked for and not encoded, because nobody wanted them any more."""
-        return self._tokens.given_up
+        return self.figures().windows_given_up
+
+    def figures(self) -> DeviceFigures:
+        """Return what the device did since the start; may wait for a network."""
+        return self.labeller.figures()
 
     def close(self) -> None:
         """Finish the chunks that were asked for, accept no others, and end the threads."""
         wait(self._chunks.close())
-        for queue in (self._reading, self._device, self._storing):
-            if queue is not None:
-                queue.close()
-        self.encoder.close()
+        self._reading.close()
+        self.labeller.close()
+        if self._storing is not None:
+            self._storing.close()
 
     def claim(self, dataset: Dataset, index: ChunkIndex, rank: Rank) -> Claim[ChunkLabels]:
         """Return a share in the labels of one chunk: kept, being computed by whoever wants them too, or computed now.
@@ -386,7 +378,7 @@ class LabelEngine:
         work.after(own, partial(self._start_chunk, dataset, index, work))
 
     def _start_chunk(self, dataset: Dataset, index: ChunkIndex, work: Work[ChunkLabels], own: WindowPixels) -> None:
-        """With its own window read: finish a chunk without data, or ask for the tokens of all its windows."""
+        """With its own window read: finish a chunk without data, or have it labelled."""
         m, s = self.layout.margin_patches, self.layout.stride_patches
         labelled = own.labelled[m : m + s, m : m + s]
         if not labelled.any():
@@ -400,14 +392,9 @@ class LabelEngine:
             )
             self._finish_chunk(dataset, index, work, known)
 
-        def assign(futures: list[Future[TokenHandle]]) -> None:
-            tokens = [future.result() for future in futures]
-            work.hold(self._device.submit(self._assign, tokens, work.rank, finish, work.fail))
-
-        claims = [self._window_tokens(dataset, window, work.rank) for window in self.layout.windows_of(index)]
-        for claim in claims:
-            work.hold(claim)
-        when_all([claim.future for claim in claims], lambda futures: work.go_on(lambda: assign(futures)))
+        chunks = dataset.footprint.chunk_range(s)
+        place = (index.row - chunks.row_start, index.col - chunks.col_start)
+        self.labeller.label(ChunkJob(dataset.key, index, place, partial(self._window, dataset)), work, finish)
 
     def _finish_chunk(self, dataset: Dataset, index: ChunkIndex, work: Work[ChunkLabels], chunk: ChunkLabels) -> None:
         if self._storing is not None:
@@ -424,17 +411,6 @@ class LabelEngine:
 
         return self._pixels.claim((dataset.key, index), start, rank)
 
-    def _window_tokens(self, dataset: Dataset, index: ChunkIndex, rank: Rank) -> Claim[TokenHandle]:
-        """Return the tokens of a window, encoded once for all that want them at about the same time."""
-
-        def start(work: Work[TokenHandle]) -> None:
-            def encode(window: WindowPixels) -> None:
-                work.hold(self._device.submit(self._encode, window.pixels, work.rank, work.finish, work.fail))
-
-            work.after(self._window(dataset, index, work.rank), encode)
-
-        return self._tokens.claim((dataset.key, index), start, rank)
-
     def _read_batch(self, jobs: Sequence[_WindowJob]) -> Iterator[WindowPixels]:
         coming = iterate_windows(jobs[0].dataset, [job.index for job in jobs], self._patch_px, self._cells)
         for _ in jobs:
@@ -443,18 +419,6 @@ class LabelEngine:
             self._meters.windows_read.inc()
             yield window
 
-    def _encode_batch(self, windows: Sequence[NDArray[np.uint8]]) -> list[TokenHandle]:
-        self._meters.batch_windows.observe(len(windows))
-        with timed(self._meters.encode_seconds):
-            tokens = self.encoder.encode(windows)
-        self.windows_encoded += len(windows)
-        return tokens
-
-    def _finish_assign(self, finish: Callable[[], Labels]) -> list[ChunkLabels]:
-        with timed(self._meters.assign_seconds):
-            labels, similarity = finish()
-        return [ChunkLabels(*pair) for pair in zip(labels, similarity, strict=True)]
-
     def _look_up_batch(self, keys: Sequence[ChunkKey]) -> list[ChunkLabels | None]:
         return [] if self._tier is None else self._tier.get_many(keys)
 
@@ -462,18 +426,6 @@ class LabelEngine:
         if self._tier is not None:
             self._tier.put_many(items)
         return [None] * len(items)
-
-    def _measure(self) -> float:
-        """Run the model as it will be run and return the seconds that a chunk takes when the device is busy."""
-        size = self.layout.window_patches * self._patch_px
-        windows = np.random.default_rng(0).integers(0, 255, (self.encoder.windows_at_once, size, size, 3), np.uint8)
-        best = float("inf")
-        for _ in range(3):  # the first run allocates
-            start = time.perf_counter()
-            tokens = self.encoder.encode(windows)
-            self._assigner.assign([[handle] * len(self.layout.parts) for handle in tokens])
-            best = min(best, (time.perf_counter() - start) / len(windows))
-        return best
 
 
 def _log_failed_write(error: Exception) -> None:

@@ -77,6 +77,8 @@ class LmdbTier:
     """
 
     name = "lmdb"
+    away = False
+    """It is on this machine."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         """Open or create the store in ``folder``; its files take up to ``max_bytes`` on disk.

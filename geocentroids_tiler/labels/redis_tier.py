@@ -52,6 +52,11 @@ class Breaker:
         self._lock = threading.Lock()
         self._until: float | None = None
 
+    @property
+    def open(self) -> bool:
+        """Whether it failed and has not succeeded since."""
+        return self._until is not None
+
     def allows(self) -> bool:
         """Tell whether to try now. After the pause one caller may, and the others when it has succeeded."""
         with self._lock:
@@ -115,6 +120,11 @@ class RedisTier:
     def errors(self) -> int:
         """Calls that failed, writes refused and values that could not be read, since the start."""
         return self._errors.count
+
+    @property
+    def away(self) -> bool:
+        """Whether it could not be reached when it was last asked."""
+        return self._breaker.open
 
     def get_many(self, keys: Sequence[ChunkKey]) -> list[ChunkLabels | None]:
         """Return the labels of each key, None where there are none that can be read."""

@@ -18,18 +18,20 @@ from geocentroids_tiler.codebook import Classes, Codebook
 from geocentroids_tiler.encoder import Encoder, encoder_source, load_encoder
 from geocentroids_tiler.errors import SourceUnavailableError, UnsupportedImageError
 from geocentroids_tiler.hub import find_codebook
+from geocentroids_tiler.labels.device import DeviceLabeller
 from geocentroids_tiler.labels.engine import LabelEngine
 from geocentroids_tiler.labels.futures import then
 from geocentroids_tiler.labels.host_queues import HostQueues
 from geocentroids_tiler.labels.job_files import JobRecord
 from geocentroids_tiler.labels.jobs import Jobs
 from geocentroids_tiler.labels.kept import KeptLabels
+from geocentroids_tiler.labels.labeller import Labeller
 from geocentroids_tiler.labels.meters import Meters
 from geocentroids_tiler.labels.mosaics import Mosaics
 from geocentroids_tiler.labels.once import Once, Work
 from geocentroids_tiler.labels.recent_failures import RecentFailures
 from geocentroids_tiler.labels.store import LabelStore
-from geocentroids_tiler.labels.tiers import open_tiers
+from geocentroids_tiler.labels.tiers import TierFigures, open_tiers
 from geocentroids_tiler.labels.viewports import Viewports
 from geocentroids_tiler.pools import full_pool
 from geocentroids_tiler.settings import Settings
@@ -82,13 +84,8 @@ def load_codebook_encoder(codebook: Codebook, settings: Settings) -> Encoder:
 @contextmanager
 def open_engine(codebook: Codebook, encoder: Encoder, settings: Settings) -> Iterator[LabelEngine]:
     """Yield an engine that stands by itself and keeps labels in memory; it is closed afterwards, its encoder too."""
-    engine = LabelEngine(
-        codebook,
-        encoder,
-        LabelStore(settings.label_cache_bytes),
-        read_threads=settings.read_threads,
-        token_cache_bytes=settings.token_cache_bytes,
-    )
+    labeller = DeviceLabeller(codebook, encoder, token_cache_bytes=settings.token_cache_bytes)
+    engine = LabelEngine(codebook, labeller, LabelStore(settings.label_cache_bytes), read_threads=settings.read_threads)
     try:
         yield engine
     finally:
@@ -129,6 +126,7 @@ class Service:
         clock: tells the time in seconds.
         load: loads the encoder of a codebook.
         remote: opens remote sources; made from ``settings`` if not given.
+        labeller: opens what labels the chunks of a codebook; if not given, a device of this process does.
     """
 
     def __init__(
@@ -137,11 +135,13 @@ class Service:
         clock: Callable[[], float] = time.monotonic,
         load: Callable[[Codebook, Settings], Encoder] = load_codebook_encoder,
         remote: Remote | None = None,
+        labeller: Callable[[Codebook], Labeller] | None = None,
     ) -> None:
         self.settings = settings
         self.remote = open_remote(settings) if remote is None else remote
         self.clock = clock
         self._load = load
+        self._open_labeller = self._load_device if labeller is None else labeller
         self._lock = threading.Lock()
         self._codebooks: dict[str, Codebook] = {}
         self._classes: LRUCache[tuple[str, int | None], Classes] = LRUCache(MAX_CUTS)
@@ -257,6 +257,10 @@ class Service:
             futures = list(self._engines.values())
         return [future.result() for future in futures if future.done() and future.exception() is None]
 
+    def stores(self) -> list[TierFigures]:
+        """Return what the stores of labels below the memory did, in the order they are asked."""
+        return [] if self.tier is None else self.tier.figures()
+
     def dataset(self, url: str, options: ReadOptions, codebook: Codebook) -> Future[Dataset]:
         """Return a dataset, opened or known.
 
@@ -338,25 +342,31 @@ class Service:
 
     def _load_engine(self, codebook: Codebook) -> LabelEngine:
         settings = self.settings
-        encoder = self._load(codebook, settings)
+        labeller = self._open_labeller(codebook)
+        engine = LabelEngine(
+            codebook,
+            labeller,
+            self.store,
+            read_threads=settings.read_threads,
+            queue_windows=settings.queue_windows,
+            host_batches=settings.source_connections,
+            next_rank=self.viewports.next,
+            meters=self.meters,
+            tier=self.tier,
+        )
+        logger.info("codebook %s on %s: %.4f s per chunk", codebook.name, engine.device, engine.seconds_per_chunk)
+        return engine
+
+    def _load_device(self, codebook: Codebook) -> Labeller:
+        """Load the encoder of a codebook into this process."""
+        encoder = self._load(codebook, self.settings)
         try:
-            engine = LabelEngine(
-                codebook,
-                encoder,
-                self.store,
-                read_threads=settings.read_threads,
-                token_cache_bytes=settings.token_cache_bytes,
-                queue_windows=settings.queue_windows,
-                host_batches=settings.source_connections,
-                next_rank=self.viewports.next,
-                meters=self.meters,
-                tier=self.tier,
+            return DeviceLabeller(
+                codebook, encoder, token_cache_bytes=self.settings.token_cache_bytes, meters=self.meters
             )
         except BaseException:
             encoder.close()
             raise
-        logger.info("codebook %s on %s: %.4f s per chunk", codebook.name, encoder.info, engine.seconds_per_chunk)
-        return engine
 
 
 def _dataset_bytes(dataset: Dataset) -> int:

@@ -68,6 +68,11 @@ class LabelTier(Protocol):
         """Calls that failed and values that could not be read, since the start."""
         ...
 
+    @property
+    def away(self) -> bool:
+        """Whether it could not be reached when it was last asked, so that labels are computed meanwhile."""
+        ...
+
     def get_many(self, keys: Sequence[ChunkKey]) -> list[ChunkLabels | None]:
         """Return the labels of each key, None where there are none."""
         ...
@@ -109,6 +114,7 @@ class TierFigures:
         misses: keys looked for and not found.
         errors: calls that failed and values that could not be read.
         nbytes: bytes taken on this machine; 0 if unknown.
+        away: whether it could not be reached when it was last asked.
     """
 
     name: str
@@ -116,6 +122,7 @@ class TierFigures:
     misses: int
     errors: int
     nbytes: int
+    away: bool
 
 
 class TierChain:
@@ -152,7 +159,7 @@ class TierChain:
     def figures(self) -> list[TierFigures]:
         """Return what each store did, in the order they are asked."""
         return [
-            TierFigures(tier.name, hits.count, misses.count, tier.errors, tier.nbytes)
+            TierFigures(tier.name, hits.count, misses.count, tier.errors, tier.nbytes, tier.away)
             for tier, hits, misses in zip(self.tiers, self._hits, self._misses, strict=True)
         ]
 
