@@ -97,11 +97,17 @@ def leave_out(folder: Path, names: Sequence[str], exclude: Sequence[str], kind: 
     return kept
 
 
-def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[tuple[T, Future[R]]]:
-    """Yield items in order with what a function makes of them, begun up to ``count`` items before their turn."""
+def in_pool(pool: Executor, function: Callable[[T], R]) -> Callable[[T], Future[R]]:
+    """Return what begins a function of one item in a pool."""
+    return lambda item: pool.submit(function, item)
+
+
+def ahead(begin: Callable[[T], Future[R]], items: Iterable[T], count: int) -> Iterator[tuple[T, Future[R]]]:
+    """Yield items in order with what ``begin`` makes of them, begun up to ``count`` items before their turn."""
     waiting: deque[tuple[T, Future[R]]] = deque()
     for item in items:
-        waiting.append((item, pool.submit(function, item)))
+        waiting.append((item, begin(item)))
         if len(waiting) > count:
             yield waiting.popleft()
-    yield from waiting
+    while waiting:
+        yield waiting.popleft()
