@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from geocentroids_fit.images import ImageFolder, ahead, in_pool
@@ -92,7 +93,7 @@ def extract(
 
 def _opened(images: ImageFolder, codebook: Codebook, ledger: Ledger, pool: Executor) -> Iterator[tuple[str, Dataset]]:
     """Yield the images to do, opened ahead; leave out those that cannot be."""
-    begin = in_pool(pool, lambda name: images.open(name, codebook))
+    begin = in_pool(pool, partial(images.open, codebook=codebook))
     for name, opened in ahead(begin, ledger.pending, OPEN_AHEAD):
         try:
             dataset = opened.result()

@@ -13,15 +13,19 @@ from geocentroids_fit.cluster import NotFiniteError, kmeans, similarities, unit
 from geocentroids_fit.clusters import Clusters
 from geocentroids_fit.color import Anchor, anchor_to, color_centroids, score_colors, stretch_axes
 from geocentroids_fit.encoders import describe_encoder, load_described
-from geocentroids_fit.extract import extract
+from geocentroids_fit.extract import Extraction, extract
+from geocentroids_fit.images import ImageFolder
 from geocentroids_fit.kept import Kept, keep
 from geocentroids_fit.likeness import likeness_vectors, natural_colors
+from geocentroids_fit.node_encoder import EncoderRecipe, device_of, own_code
 from geocentroids_fit.pack import draft_codebook
 from geocentroids_fit.prepare import prepare
+from geocentroids_fit.ray_extract import extract_on_nodes, make_team, start_workers
+from geocentroids_fit.ray_nodes import connected_to_fit
 from geocentroids_fit.shards import FeatureSettings, FeatureStore, open_features
 from geocentroids_fit.tree import ward_tree
 from geocentroids_fit.workspace import Fit, clusters_of
-from geocentroids_tiler.codebook import Codebook
+from geocentroids_tiler.codebook import Codebook, EncoderSection
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.hub import find_codebook
 from geocentroids_tiler.settings import load_settings
@@ -47,38 +51,63 @@ def prepare_step(fit: Fit) -> None:
 
 
 def extract_step(fit: Fit) -> FeatureStore:
-    """Compute the features of the images."""
-    config = fit.config
+    """Compute the features of the images, here or on a cluster."""
     images = fit.images()
-    preprocess = config.windows.preprocess
-    section = describe_encoder(config.encoder, preprocess, fit.encoder)
-    encoder = load_described(section, preprocess, fit.encoder, config.encoder)
-    info = encoder.info
-    settings = FeatureSettings(
-        encoder=section,
-        preprocess=preprocess,
-        device=f"{info.backend}/{info.provider}/{info.precision}",
-        per_image=config.sample.per_image,
-        seed=config.seed,
-        bidx=images.options.bidx,
-        rescale=images.options.rescale,
-    )
-    fit.say(f"extract: {len(images.names)} images with {section.architecture} on {info.device}")
-    found = extract(
-        images,
-        encoder,
-        draft_codebook(settings),
-        settings,
-        fit.features,
-        readers=config.sample.readers,
-        progress=fit.progress,
-    )
+    section = describe_encoder(fit.config.encoder, fit.config.windows.preprocess, fit.encoder)
+    found = _extract_here(fit, images, section) if fit.ray is None else _extract_there(fit, images, section, fit.ray)
     fit.say(
         f"extract: {len(found.store)} features of {len(found.store.images)} images, {found.reused} of them kept"
         + (f"; {found.features_per_s:.0f} features/s, encoder busy {found.busy:.0%}" if found.features_per_s else "")
     )
     fit.say_skipped([(skipped.image, skipped.reason) for skipped in found.store.manifest.skipped])
     return found.store
+
+
+def _extract_here(fit: Fit, images: ImageFolder, section: EncoderSection) -> Extraction:
+    encoder = load_described(section, fit.config.windows.preprocess, fit.encoder, fit.config.encoder)
+    settings = _feature_settings(fit, images, section, device_of(encoder))
+    fit.say(f"extract: {len(images.names)} images with {section.architecture} on {encoder.info.device}")
+    return extract(
+        images,
+        encoder,
+        draft_codebook(settings),
+        settings,
+        fit.features,
+        readers=fit.config.sample.readers,
+        progress=fit.progress,
+    )
+
+
+def _extract_there(fit: Fit, images: ImageFolder, section: EncoderSection, address: str) -> Extraction:
+    recipe = EncoderRecipe(section, fit.config.windows.preprocess, fit.config.encoder, own_code())
+    with connected_to_fit(address) as nodes:
+        team = make_team(recipe, fit.encoder, nodes)
+        workers, device = start_workers(team, nodes, fit.features)
+        fit.say(
+            f"extract: {len(images.names)} images with {section.architecture} on {len(workers)} encoders of "
+            f"{len({worker.node.id for worker in workers})} nodes"
+        )
+        return extract_on_nodes(
+            images,
+            team,
+            workers,
+            _feature_settings(fit, images, section, device),
+            fit.features,
+            readers=fit.config.sample.readers,
+            progress=fit.progress,
+        )
+
+
+def _feature_settings(fit: Fit, images: ImageFolder, section: EncoderSection, device: str) -> FeatureSettings:
+    return FeatureSettings(
+        encoder=section,
+        preprocess=fit.config.windows.preprocess,
+        device=device,
+        per_image=fit.config.sample.per_image,
+        seed=fit.config.seed,
+        bidx=images.options.bidx,
+        rescale=images.options.rescale,
+    )
 
 
 def cluster_step(fit: Fit) -> Clusters:
