@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,18 +15,18 @@ from typing import Any
 from geocentroids_fit.config import EncoderConfig
 from geocentroids_fit.encoders import load_described
 from geocentroids_fit.images import ImageFolder
+from geocentroids_fit.node_reader import node_remote, read_on_node, without_remote
 from geocentroids_fit.pack import draft_codebook
-from geocentroids_fit.reading import Batch, ReadBatch, Unreadable, read_batch
 from geocentroids_fit.ray_nodes import fit_version
+from geocentroids_fit.reading import Batch, ReadBatch, Unreadable
 from geocentroids_fit.shards import Features, FeatureSettings
 from geocentroids_fit.stream import FeatureStream, ReadingAhead, layout_of
 from geocentroids_tiler.codebook import ENCODER_FILE, EncoderSection, PreprocessSection
 from geocentroids_tiler.distributed import code_version, import_ray
-from geocentroids_tiler.encoder import ChunkLayout, Encoder
+from geocentroids_tiler.encoder import Encoder
 from geocentroids_tiler.errors import ClusterError, GeocentroidsError
 from geocentroids_tiler.grid import Bounds
-from geocentroids_tiler.settings import load_settings
-from geocentroids_tiler.source import Dataset, ReadOptions, Remote, open_remote
+from geocentroids_tiler.source import Dataset, ReadOptions
 
 IMAGES_AT_ONCE = 2
 """Images that an encoder works on, so that it has windows of one while the other is opened and read."""
@@ -188,7 +187,7 @@ class NodeEncoder:
         layout, patch_px = layout_of(job.settings), job.settings.encoder.patch_px
 
         def read(batch: Batch) -> Future[ReadBatch | Unreadable]:
-            found: Future[ReadBatch | Unreadable] = task.remote(_without_remote(batch), layout, patch_px).future()
+            found: Future[ReadBatch | Unreadable] = task.remote(without_remote(batch), layout, patch_px).future()
             return found
 
         return read
@@ -211,20 +210,6 @@ class _Outcomes:
         """Do nothing: progress is shown of whole images."""
 
 
-def read_on_node(batch: Batch, layout: ChunkLayout, patch_px: int) -> ReadBatch | Unreadable:
-    """Read a batch, as a Ray task; a remote image is opened with what this process opens such with."""
-    source = batch.dataset.source
-    if source.path is None:
-        batch = replace(batch, dataset=replace(batch.dataset, source=replace(source, remote=node_remote())))
-    return read_batch(batch, layout, patch_px)
-
-
-@lru_cache(maxsize=1)
-def node_remote() -> Remote:
-    """Return what opens images named by URL in this process, as the ``GEOCENTROIDS_SOURCE_*`` variables allow it."""
-    return open_remote(load_settings())
-
-
 def own_code() -> tuple[str, str]:
     """Return the versions of our packages that this process runs."""
     return code_version(), fit_version()
@@ -234,12 +219,6 @@ def device_of(encoder: Encoder) -> str:
     """Return backend, provider and precision of an encoder."""
     info = encoder.info
     return f"{info.backend}/{info.provider}/{info.precision}"
-
-
-def _without_remote(batch: Batch) -> Batch:
-    """Return a batch that can travel: connections cannot."""
-    dataset = batch.dataset
-    return replace(batch, dataset=replace(dataset, source=replace(dataset.source, remote=None)))
 
 
 def _identity(images: ImageFolder, name: str) -> str | None:
