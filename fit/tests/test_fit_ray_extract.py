@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from geocentroids_fit import ray_extract
 from geocentroids_fit.config import EncoderConfig, FitConfig, WindowsConfig, make_config
 from geocentroids_fit.encoders import describe_encoder
 from geocentroids_fit.files import write_json
-from geocentroids_fit.fitting import extract_step
+from geocentroids_fit.fitting import cluster_step, extract_step
 from geocentroids_fit.images import ImageFolder
 from geocentroids_fit.ledger import SETTINGS_FILE
 from geocentroids_fit.ray_extract import STORE_SHARE, make_job
@@ -59,6 +61,7 @@ class Project:
             "encoder": {"model": str(self.model), "threads": 1},
             "windows": WINDOWS,
             "sample": {"per_image": 400},
+            "cluster": {"k": 24, "metric": "l2"},
             "codebook": {"name": "tiny"},
         }
 
@@ -134,6 +137,18 @@ def test_the_files_are_those_of_a_run_without_a_cluster(project: Project, runnin
     before = {path: path.stat().st_mtime_ns for path in project.fit("nodes").features.rglob("*.safetensors")}
     extract_step(project.fit("nodes", running.address))
     assert {path: path.stat().st_mtime_ns for path in project.fit("nodes").features.rglob("*.safetensors")} == before
+
+
+def test_clusters_are_those_of_a_run_without_a_cluster(project: Project, running: RunningCluster) -> None:
+    shutil.copytree(project.fit("local").features, project.fit("clustered").features)
+    ours, theirs = cluster_step(project.fit("clustered", running.address)), cluster_step(project.fit("local"))
+    assert ours.record["inertia"] == pytest.approx(theirs.record["inertia"], rel=1e-4)
+    assert (ours.labels == theirs.labels).mean() > 0.99
+    assert ours.likeness == pytest.approx(theirs.likeness, abs=1e-2)
+    assert ours.rgb == pytest.approx(theirs.rgb, abs=1)
+    said: list[str] = []
+    cluster_step(dataclasses.replace(project.fit("clustered"), say=said.append))
+    assert said[-1].endswith("(kept)")  # where it was computed does not matter
 
 
 def test_a_node_that_is_lost_costs_nothing_but_time(project: Project) -> None:
