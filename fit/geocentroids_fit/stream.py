@@ -62,11 +62,6 @@ class ReadingAhead:
     batches: int
     chunks: int
 
-    @property
-    def chunks_in_memory(self) -> int:
-        """Most chunks whose windows are in memory at once: those read ahead, and those that are encoded."""
-        return (self.batches + 1) * self.chunks
-
 
 @dataclass(frozen=True)
 class _Image:

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faulty_encoders import Ends
+from httpd import Served, serve
 from ray_cluster import RAY_WARNINGS, RunningCluster, cluster
 from ray_stores import watched
 from small_images import settings, write_bands, write_image
 
-from geocentroids_fit import ray_extract
+from geocentroids_fit import ray_extract, ray_nodes, workspace
 from geocentroids_fit.config import EncoderConfig, FitConfig, WindowsConfig, make_config
 from geocentroids_fit.encoders import describe_encoder
 from geocentroids_fit.files import write_json
@@ -34,6 +35,8 @@ from geocentroids_fit.workspace import Fit
 from geocentroids_tiler.codebook import ENCODER_FILE
 from geocentroids_tiler.distributed import Node
 from geocentroids_tiler.errors import ClusterError
+from geocentroids_tiler.settings import Settings
+from geocentroids_tiler.source import Remote, open_remote
 
 pytestmark = [*RAY_WARNINGS, pytest.mark.torch]
 
@@ -139,6 +142,30 @@ def test_the_files_are_those_of_a_run_without_a_cluster(project: Project, runnin
     assert {path: path.stat().st_mtime_ns for path in project.fit("nodes").features.rglob("*.safetensors")} == before
 
 
+def test_images_on_the_web_are_read_by_the_nodes(
+    project: Project, running: RunningCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEOCENTROIDS_SOURCE_HTTP", "true")
+    monkeypatch.setenv("GEOCENTROIDS_SOURCE_NETWORKS", '["127.0.0.0/8"]')
+    remotes: list[Remote] = []
+
+    def opened(settings: Settings) -> Remote:
+        remotes.append(open_remote(settings))
+        return remotes[-1]
+
+    monkeypatch.setattr(workspace, "open_remote", opened)
+    with serve() as server:
+        server.files["/a.tif"] = Served((project.root / "imagery" / "0.tif").read_bytes(), {"ETag": '"1"'})
+        urls = [f"{server.url}/a.tif", f"{server.url}/absent.tif"]
+        for name, address in (("web", None), ("web-nodes", running.address)):
+            config = make_config({**project.content(name), "images": {"urls": urls}})
+            store = extract_step(Fit(config, say=lambda text: None, progress=False, ray=address))
+            assert store.images == (urls[0],)
+        for remote in remotes:
+            remote.close()
+    assert project.files("web-nodes") == project.files("web")
+
+
 def test_clusters_are_those_of_a_run_without_a_cluster(project: Project, running: RunningCluster) -> None:
     shutil.copytree(project.fit("local").features, project.fit("clustered").features)
     ours, theirs = cluster_step(project.fit("clustered", running.address)), cluster_step(project.fit("local"))
@@ -231,6 +258,15 @@ def test_nodes_with_another_device_are_refused(project: Project, tmp_path: Path)
             extract_step(project.fit("mixed", running.address))
         assert {"openvino", "onnxruntime"} <= set(str(caught.value).replace("/", " ").split())
     assert not project.files("mixed")
+
+
+def test_nodes_with_other_code_are_refused(
+    project: Project, running: RunningCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_nodes, "__version__", "9")
+    other = r"node \S+ \(\w+\) has geocentroids-fit (\d\.\d\.\d\+\w+), this machine has 9\+\w+; they must be the same"
+    with pytest.raises(ClusterError, match=other):
+        extract_step(project.fit("versions", running.address))
 
 
 def test_features_of_another_device_are_not_mixed(project: Project, running: RunningCluster) -> None:
