@@ -330,15 +330,24 @@ class _Run:
         if time.monotonic() - self._looked < LOOK_S:
             return
         self._looked = time.monotonic()
-        self._stores = _store_bytes()
         have = Counter(worker.node.id for worker in self._workers)
-        for node in alive_nodes():
+        nodes = alive_nodes()
+        self._stores = _store_bytes()  # afterwards: it has all of them
+        for node in nodes:
             for _ in range(_places(self._team, node) - have[node.id]):
                 if self._starts[node.id] < MAX_STARTS:
-                    self._jobs[node.id] = self._job(node)
-                    worker = _start(self._team, node)
-                    self._workers.append(worker)
-                    self._under_way[worker.loading] = worker, None
+                    self._start_on(node)
+
+    def _start_on(self, node: Node) -> None:
+        """Start a worker on a node, which is told of its images once its encoder is loaded."""
+        try:
+            self._jobs[node.id] = self._job(node)
+        except ClusterError:  # its object store is too small; the run goes on with the others
+            self._starts[node.id] = MAX_STARTS
+            return
+        worker = _start(self._team, node)
+        self._workers.append(worker)
+        self._under_way[worker.loading] = worker, None
 
     def _job(self, node: Node) -> SampleJob:
         """Return what the encoders of a node are told, so that all they read ahead fits its object store."""
