@@ -36,7 +36,8 @@ from geocentroids_fit.extract import extract  # noqa: E402
 from geocentroids_fit.images import ImageFolder, list_images  # noqa: E402
 from geocentroids_fit.node_encoder import EncoderRecipe, device_of, own_code  # noqa: E402
 from geocentroids_fit.pack import draft_codebook  # noqa: E402
-from geocentroids_fit.ray_extract import extract_on_nodes, make_team, start_workers  # noqa: E402
+from geocentroids_fit.ray_encoders import make_team, start_workers  # noqa: E402
+from geocentroids_fit.ray_extract import extract_on_nodes  # noqa: E402
 from geocentroids_fit.ray_kmeans import RemoteTable  # noqa: E402
 from geocentroids_fit.ray_nodes import connected_to_fit  # noqa: E402
 from geocentroids_fit.shards import FeatureSettings, FeatureStore, open_features  # noqa: E402

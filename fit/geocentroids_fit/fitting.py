@@ -22,7 +22,8 @@ from geocentroids_fit.likeness import image_means, likeness_vectors, natural_col
 from geocentroids_fit.node_encoder import EncoderRecipe, device_of, own_code
 from geocentroids_fit.pack import draft_codebook
 from geocentroids_fit.prepare import prepare
-from geocentroids_fit.ray_extract import extract_on_nodes, make_team, start_workers
+from geocentroids_fit.ray_encoders import make_team, start_workers
+from geocentroids_fit.ray_extract import extract_on_nodes
 from geocentroids_fit.ray_kmeans import RemoteTable
 from geocentroids_fit.ray_nodes import connected_to_fit
 from geocentroids_fit.shards import FeatureSettings, FeatureStore, open_features

@@ -22,14 +22,14 @@ from ray_cluster import RAY_WARNINGS, RunningCluster, cluster
 from ray_stores import watched
 from small_images import settings, write_bands, write_image
 
-from geocentroids_fit import ray_extract, ray_nodes, workspace
+from geocentroids_fit import ray_encoders, ray_extract, ray_nodes, workspace
 from geocentroids_fit.config import EncoderConfig, FitConfig, WindowsConfig, make_config
 from geocentroids_fit.encoders import describe_encoder
 from geocentroids_fit.files import write_json
 from geocentroids_fit.fitting import cluster_step, extract_step
 from geocentroids_fit.images import ImageFolder
 from geocentroids_fit.ledger import SETTINGS_FILE
-from geocentroids_fit.ray_extract import STORE_SHARE, make_job
+from geocentroids_fit.ray_encoders import STORE_SHARE, make_job
 from geocentroids_fit.shards import MANIFEST_FILE, SHARDS_DIR
 from geocentroids_fit.workspace import Fit
 from geocentroids_tiler.codebook import ENCODER_FILE
@@ -191,7 +191,7 @@ def test_processes_that_end_are_started_again(
     project: Project, running: RunningCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An encoder ends at one image always and at another once, when others are at work beside them."""
-    monkeypatch.setattr(ray_extract, "NodeEncoder", Ends)
+    monkeypatch.setattr(ray_encoders, "NodeEncoder", Ends)
     monkeypatch.setattr(ray_extract, "LOOK_S", 0.2)
     monkeypatch.setattr(ray_extract, "MAX_ATTEMPTS", 2)
     store = extract_step(project.fit("ended", running.address))
