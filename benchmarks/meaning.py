@@ -48,11 +48,11 @@ from geocentroids_fit.config import EncoderConfig, WindowsConfig
 from geocentroids_fit.encoders import describe_encoder, load_described
 from geocentroids_fit.evaluate.landcover import UNKNOWN, Sample, Score, compare, cover_map, folds_of, score_of
 from geocentroids_fit.evaluate.masks import read_cover
-from geocentroids_fit.extract import blend
 from geocentroids_fit.files import digest_of
 from geocentroids_fit.images import ImageFolder, list_images
 from geocentroids_fit.kmeans import assign, survey
 from geocentroids_fit.pretrain import texture
+from geocentroids_fit.stream import blend
 from geocentroids_fit.tree import ward_tree
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook, Metric, cut_tree, file_sha256
 from geocentroids_tiler.encoder import ChunkLayout, Encoder

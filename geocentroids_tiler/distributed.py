@@ -175,11 +175,15 @@ def check_agreement(nodes: Sequence[Node], what: str, question: Callable[..., ob
 
 def code_version() -> str:
     """Return the version of this package as it runs here, with a digest of its code."""
-    package = Path(__file__).parent
+    return f"{__version__}+{code_digest(Path(__file__).parent)}"
+
+
+def code_digest(package: Path) -> str:
+    """Return a digest of all modules in a folder."""
     hashed = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         hashed.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"{__version__}+{hashed.hexdigest()[:12]}"
+    return hashed.hexdigest()[:12]
 
 
 def _check_reachable(address: str) -> None:

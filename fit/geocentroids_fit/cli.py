@@ -53,6 +53,8 @@ _OPTIONS: tuple[tuple[str, str, Any, str], ...] = (
     ("--out", "out", str, "Codebook directory to write."),
 )
 """Option, the value of the configuration that it sets, its type, and its help. All default to None: not given."""
+_ON_A_CLUSTER = ("run", "extract", "cluster")
+"""Commands that can work on a Ray cluster."""
 
 
 def _parameter(path: str) -> str:
@@ -86,12 +88,17 @@ def fit_options(function: F) -> F:
     return click.argument("source", type=click.Path(path_type=Path))(function)
 
 
+def ray_option(function: F) -> F:
+    """Add the option that names a cluster. It is none of the configuration: results do not depend on it."""
+    return click.option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Extract and cluster on a Ray cluster: HOST:PORT as `ray start --head` prints it, or auto.",
+    )(function)
+
+
 def _step(name: str, text: str) -> None:
-    @main.command(
-        name, help=f"{text}\n\nSOURCE is a configuration (.toml) or a folder of images; options go before it."
-    )
-    @fit_options
-    def command(source: Path, overwrite: bool, **options: Any) -> None:
+    def command(source: Path, overwrite: bool, ray: str | None = None, **options: Any) -> None:
         from geocentroids_fit import fitting, pipeline, publishing
 
         start = time.monotonic()
@@ -104,8 +111,12 @@ def _step(name: str, text: str) -> None:
             "exemplars": publishing.exemplars_step,
             "pack": publishing.pack_step,
         }
-        steps[name](make_fit(source, options, overwrite))
+        steps[name](make_fit(source, options, overwrite, ray))
         click.echo(f"{name}: done in {time.monotonic() - start:.0f} s")
+
+    options = fit_options(ray_option(command) if name in _ON_A_CLUSTER else command)
+    text = f"{text}\n\nSOURCE is a configuration (.toml) or a folder of images; options go before it."
+    main.command(name, help=text)(options)
 
 
 _step("run", "Do all steps from images to a codebook with its report. Steps whose inputs have not changed are skipped.")
@@ -215,8 +226,14 @@ def evaluate_command(
     click.echo(f"{out / 'report.html'} and {out / 'report.json'} are written")
 
 
-def make_fit(source: Path, options: Mapping[str, Any], overwrite: bool) -> Fit:
+def make_fit(source: Path, options: Mapping[str, Any], overwrite: bool, ray: str | None = None) -> Fit:
     """Return the fit that a configuration or a folder describes; options that were given go first.
+
+    Args:
+        source: configuration or folder.
+        options: as ``fit_options`` adds them.
+        overwrite: whether a codebook that is there already is replaced.
+        ray: address of a cluster.
 
     Raises:
         InputError: naming each value that is wrong or missing.
@@ -238,6 +255,7 @@ def make_fit(source: Path, options: Mapping[str, Any], overwrite: bool) -> Fit:
         say=click.echo,
         progress=sys.stderr.isatty(),
         overwrite=overwrite,
+        ray=ray,
     )
 
 

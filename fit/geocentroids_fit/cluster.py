@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,8 +19,10 @@ from sklearn.cluster import kmeans_plusplus
 from tqdm import tqdm
 
 from geocentroids_fit.blocks import Rows, unit
+from geocentroids_fit.devices import find_device
 from geocentroids_fit.files import digest_of, read_arrays, write_arrays
-from geocentroids_fit.kmeans import NotFiniteError, Survey, assign, means, split, survey
+from geocentroids_fit.kmeans import NotFiniteError, Survey, means, split
+from geocentroids_fit.tables import LocalTable, Table
 from geocentroids_tiler.codebook import Metric
 from geocentroids_tiler.errors import InputError
 
@@ -89,7 +90,7 @@ def kmeans(
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> Clustering:
-    """Cluster features.
+    """Cluster features of this machine.
 
     Squared distances are minimised. For ``cosine`` features and centroids are scaled to length 1, for
     ``inner_product`` centroids only (spherical K-Means as in faiss, in which long features weigh more). The result is
@@ -114,32 +115,77 @@ def kmeans(
         InputError: if ``k``, ``init`` or ``device`` is out of range, or the checkpoint cannot be written.
         NotFiniteError: if a feature is not finite; it says in which part and row.
     """
-    rows = Rows(parts, find_device(device), scaled=metric == "cosine")
-    _check_k(k, len(rows))
+    table = LocalTable(Rows(parts, find_device(device), scaled=metric == "cosine"))
+    return kmeans_of_table(
+        table,
+        k,
+        metric=metric,
+        seed=seed,
+        init=init,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        checkpoint=checkpoint,
+        identity=None,
+        progress=progress,
+    )
+
+
+def kmeans_of_table(
+    table: Table,
+    k: int,
+    *,
+    metric: Metric,
+    seed: int,
+    init: Init | NDArray[np.float32],
+    max_iterations: int,
+    tolerance: float,
+    checkpoint: Path | None,
+    identity: str | None,
+    progress: bool,
+) -> Clustering:
+    """Cluster rows wherever they are; see ``kmeans``.
+
+    Args:
+        table: the rows, scaled to length 1 for ``cosine``.
+        k: number of centroids.
+        metric: how nearness is measured.
+        seed: of everything random.
+        init: how to start.
+        max_iterations: Lloyd iterations at most.
+        tolerance: least gain of an iteration.
+        checkpoint: file that iterations are kept in.
+        identity: of the data, for the checkpoint; None: their number and mean.
+        progress: whether a progress bar is drawn.
+
+    Raises:
+        InputError: if ``k`` or ``init`` is out of range, or the checkpoint cannot be written.
+        NotFiniteError: if a feature is not finite.
+    """
+    _check_k(k, len(table))
     spherical = metric != "l2"
-    with _full_float32():
-        seen = survey(rows, spherical=spherical)
-        coarse = _has_bfloat16(rows.device) and len(rows) * k * rows.dim >= COARSE_MIN_PRODUCTS
-        start = init if isinstance(init, str) else init.tolist()
-        parameters = [CHECKPOINT_VERSION, k, metric, seed, start, max_iterations, tolerance, rows.device.type, coarse]
-        fingerprint = digest_of([*parameters, len(rows), seen.mean.tolist()])
-        state = _load(checkpoint, fingerprint) if checkpoint else None
-        if state is None:
-            state = _State(_initial(rows, k, init, seed, spherical), "bfloat16" if coarse else "float32")
-        with tqdm(total=max_iterations, initial=state.iteration, unit="iteration", disable=not progress) as bar:
-            while state.phase != "done" and state.iteration < max_iterations:
-                began = time.perf_counter()
-                state = _iterate(rows, seen, state, spherical, tolerance, seed)
-                if checkpoint:
-                    _save(checkpoint, fingerprint, state)
-                speed = len(rows) / (time.perf_counter() - began)
-                bar.set_postfix_str(f"objective {state.curve[-1]:.5g}, {speed:.3g} features/s", refresh=False)
-                bar.update()
-        found = assign(rows, state.centroids, seen.mean, spherical=spherical)
+    seen = table.survey(spherical=spherical)
+    coarse = table.has_bfloat16 and len(table) * k * table.dim >= COARSE_MIN_PRODUCTS
+    start = init if isinstance(init, str) else init.tolist()
+    parameters = [CHECKPOINT_VERSION, k, metric, seed, start, max_iterations, tolerance, table.device_type, coarse]
+    fingerprint = digest_of([*parameters, len(table), seen.mean.tolist() if identity is None else identity])
+    state = _load(checkpoint, fingerprint) if checkpoint else None
+    if state is None:
+        state = _State(_initial(table, k, init, seed, spherical), "bfloat16" if coarse else "float32")
+    with tqdm(total=max_iterations, initial=state.iteration, unit="iteration", disable=not progress) as bar:
+        while state.phase != "done" and state.iteration < max_iterations:
+            began = time.perf_counter()
+            state = _iterate(table, seen, state, spherical, tolerance, seed)
+            if checkpoint:
+                _save(checkpoint, fingerprint, state)
+            speed = len(table) / (time.perf_counter() - began)
+            bar.set_postfix_str(f"objective {state.curve[-1]:.5g}, {speed:.3g} features/s", refresh=False)
+            bar.update()
+    found = table.assign(state.centroids, seen.mean, spherical=spherical)
+    labels = table.labels()
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return Clustering(
-        state.centroids, found.labels, found.counts, found.inertia, state.iteration, state.curve, state.reseeded
+        state.centroids, labels, found.counts, found.inertia, state.iteration, state.curve, state.reseeded
     )
 
 
@@ -151,21 +197,28 @@ def similarities(
     That is minus the distance for l2, the cosine for cosine, the inner product for inner_product.
     """
     rows = Rows(parts, torch.device("cpu"), scaled=metric == "cosine")
+    return similarities_of(rows, clustering.centroids, clustering.labels, metric)
+
+
+def similarities_of(
+    rows: Rows, centroids: NDArray[np.float32], labels: NDArray[np.uint16], metric: Metric
+) -> NDArray[np.float32]:
+    """Return how well each row fits the centroid of its label, as serving reports it, of shape (N,)."""
     values = np.empty(len(rows), np.float32)
     for start, block in rows.blocks():
-        own = torch.from_numpy(clustering.centroids[clustering.labels[start : start + len(block)]])
-        fit = -torch.linalg.vector_norm(block - own, dim=1) if metric == "l2" else (block * own).sum(dim=1)
+        own = torch.from_numpy(centroids[labels[start : start + len(block)]])
+        fit = -torch.linalg.vector_norm(block.cpu() - own, dim=1) if metric == "l2" else (block.cpu() * own).sum(dim=1)
         values[start : start + len(block)] = fit.numpy()
     return values
 
 
-def _iterate(rows: Rows, seen: Survey, state: _State, spherical: bool, tolerance: float, seed: int) -> _State:
+def _iterate(table: Table, seen: Survey, state: _State, spherical: bool, tolerance: float, seed: int) -> _State:
     """Assign rows and move centroids once, and decide how to go on."""
     coarse = state.phase == "bfloat16"
-    found = assign(rows, state.centroids, seen.mean, spherical=spherical, coarse=coarse)
+    found = table.assign(state.centroids, seen.mean, spherical=spherical, coarse=coarse)
     rng = np.random.default_rng((seed, state.iteration))
     moved = means(state.centroids, found, spherical=spherical)
-    centroids, reseeded = split(rows, moved, found, rng, spherical=spherical)
+    centroids, reseeded = split(table.members, moved, found, rng, spherical=spherical)
     phase = state.phase
     if state.curve and state.curve[-1] - found.inertia <= tolerance * (found.inertia - seen.least):
         if coarse:
@@ -175,18 +228,18 @@ def _iterate(rows: Rows, seen: Survey, state: _State, spherical: bool, tolerance
     return _State(centroids, phase, state.iteration + 1, (*state.curve, found.inertia), state.reseeded + reseeded)
 
 
-def _initial(rows: Rows, k: int, init: Init | NDArray[np.float32], seed: int, spherical: bool) -> NDArray[np.float32]:
+def _initial(table: Table, k: int, init: Init | NDArray[np.float32], seed: int, spherical: bool) -> NDArray[np.float32]:
     """Return the centroids to start from, of shape (K, D)."""
     if not isinstance(init, str):
-        if init.shape != (k, rows.dim):
-            raise InputError(f"init has shape {init.shape}; it must be {(k, rows.dim)}, a row for each centroid")
+        if init.shape != (k, table.dim):
+            raise InputError(f"init has shape {init.shape}; it must be {(k, table.dim)}, a row for each centroid")
         centroids = init.astype(np.float32)
     elif init not in get_args(Init):
         raise InputError(f"init is {init!r}; it must be one of {', '.join(get_args(Init))} or an array of centroids")
     else:
         plusplus = init == "k-means++" or (init == "auto" and k <= PLUSPLUS_MAX_K)
-        size = min(len(rows), PLUSPLUS_ROWS_PER_CENTROID * k) if plusplus else k
-        centroids = rows.take(np.sort(np.random.default_rng(seed).choice(len(rows), size, replace=False)))
+        size = min(len(table), PLUSPLUS_ROWS_PER_CENTROID * k) if plusplus else k
+        centroids = table.take(np.sort(np.random.default_rng(seed).choice(len(table), size, replace=False)))
         if plusplus:
             centroids = kmeans_plusplus(centroids, k, random_state=seed)[0]
     return unit(centroids) if spherical else centroids
@@ -217,39 +270,3 @@ def _check_k(k: int, features: int) -> None:
         raise InputError(f"k is {k}, but there are {features} features; k must be between 1 and that number")
     if k > MAX_K:
         raise InputError(f"k is {k}, but labels have 16 bits; k must be between 1 and {MAX_K}")
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of a name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Raises:
-        InputError: if there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
-        raise InputError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise InputError(f"device is {name!r}, but PyTorch finds {torch.cuda.device_count()} CUDA devices here")
-    return torch.device(name if kind == "cuda" else "cpu")
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Say whether products in bfloat16 are faster: with instructions for them, else they are emulated."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Private, and without a public counterpart in torch 2.13; elsewhere than on x86 they say no.
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, check, bool)()) for check in checks)
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Keep others' leave to multiply float32 in fewer bits out of here."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -9,22 +9,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geocentroids_fit.cluster import NotFiniteError, kmeans, similarities, unit
+from geocentroids_fit.blocks import Rows
+from geocentroids_fit.cluster import Clustering, NotFiniteError, kmeans_of_table, similarities, unit
 from geocentroids_fit.clusters import Clusters
 from geocentroids_fit.color import Anchor, anchor_to, color_centroids, score_colors, stretch_axes
+from geocentroids_fit.devices import find_device
 from geocentroids_fit.encoders import describe_encoder, load_described
-from geocentroids_fit.extract import extract
+from geocentroids_fit.extract import Extraction, extract
+from geocentroids_fit.images import ImageFolder
 from geocentroids_fit.kept import Kept, keep
-from geocentroids_fit.likeness import likeness_vectors, natural_colors
+from geocentroids_fit.likeness import image_means, likeness_vectors, natural_colors
+from geocentroids_fit.node_encoder import EncoderRecipe, device_of, own_code
 from geocentroids_fit.pack import draft_codebook
 from geocentroids_fit.prepare import prepare
+from geocentroids_fit.ray_encoders import make_team, start_workers
+from geocentroids_fit.ray_extract import extract_on_nodes
+from geocentroids_fit.ray_kmeans import RemoteTable
+from geocentroids_fit.ray_nodes import connected_to_fit
 from geocentroids_fit.shards import FeatureSettings, FeatureStore, open_features
+from geocentroids_fit.tables import LocalTable, Table
 from geocentroids_fit.tree import ward_tree
 from geocentroids_fit.workspace import Fit, clusters_of
-from geocentroids_tiler.codebook import Codebook
+from geocentroids_tiler.codebook import Codebook, EncoderSection
 from geocentroids_tiler.errors import InputError
 from geocentroids_tiler.hub import find_codebook
 from geocentroids_tiler.settings import load_settings
+
+Clustered = tuple[Clustering, NDArray[np.float32], NDArray[np.float64]]
+"""Clusters, how well each feature fits its own, of shape (N,), and the mean token of each image, (images, D)."""
 
 
 def prepare_step(fit: Fit) -> None:
@@ -47,32 +59,10 @@ def prepare_step(fit: Fit) -> None:
 
 
 def extract_step(fit: Fit) -> FeatureStore:
-    """Compute the features of the images."""
-    config = fit.config
+    """Compute the features of the images, here or on a cluster."""
     images = fit.images()
-    preprocess = config.windows.preprocess
-    section = describe_encoder(config.encoder, preprocess, fit.encoder)
-    encoder = load_described(section, preprocess, fit.encoder, config.encoder)
-    info = encoder.info
-    settings = FeatureSettings(
-        encoder=section,
-        preprocess=preprocess,
-        device=f"{info.backend}/{info.provider}/{info.precision}",
-        per_image=config.sample.per_image,
-        seed=config.seed,
-        bidx=images.options.bidx,
-        rescale=images.options.rescale,
-    )
-    fit.say(f"extract: {len(images.names)} images with {section.architecture} on {info.device}")
-    found = extract(
-        images,
-        encoder,
-        draft_codebook(settings),
-        settings,
-        fit.features,
-        readers=config.sample.readers,
-        progress=fit.progress,
-    )
+    section = describe_encoder(fit.config.encoder, fit.config.windows.preprocess, fit.encoder)
+    found = _extract_here(fit, images, section) if fit.ray is None else _extract_there(fit, images, section, fit.ray)
     fit.say(
         f"extract: {len(found.store)} features of {len(found.store.images)} images, {found.reused} of them kept"
         + (f"; {found.features_per_s:.0f} features/s, encoder busy {found.busy:.0%}" if found.features_per_s else "")
@@ -81,28 +71,63 @@ def extract_step(fit: Fit) -> FeatureStore:
     return found.store
 
 
+def _extract_here(fit: Fit, images: ImageFolder, section: EncoderSection) -> Extraction:
+    encoder = load_described(section, fit.config.windows.preprocess, fit.encoder, fit.config.encoder)
+    settings = _feature_settings(fit, images, section, device_of(encoder))
+    fit.say(f"extract: {len(images.names)} images with {section.architecture} on {encoder.info.device}")
+    return extract(
+        images,
+        encoder,
+        draft_codebook(settings),
+        settings,
+        fit.features,
+        readers=fit.config.sample.readers,
+        progress=fit.progress,
+    )
+
+
+def _extract_there(fit: Fit, images: ImageFolder, section: EncoderSection, address: str) -> Extraction:
+    recipe = EncoderRecipe(section, fit.config.windows.preprocess, fit.config.encoder, own_code())
+    with connected_to_fit(address) as nodes:
+        team = make_team(recipe, fit.encoder, nodes)
+        workers, device = start_workers(team, nodes, fit.features)
+        fit.say(
+            f"extract: {len(images.names)} images with {section.architecture} on {len(workers)} encoders of "
+            f"{len({worker.node.id for worker in workers})} nodes"
+        )
+        return extract_on_nodes(
+            images,
+            team,
+            workers,
+            _feature_settings(fit, images, section, device),
+            fit.features,
+            readers=fit.config.sample.readers,
+            progress=fit.progress,
+        )
+
+
+def _feature_settings(fit: Fit, images: ImageFolder, section: EncoderSection, device: str) -> FeatureSettings:
+    return FeatureSettings(
+        encoder=section,
+        preprocess=fit.config.windows.preprocess,
+        device=device,
+        per_image=fit.config.sample.per_image,
+        seed=fit.config.seed,
+        bidx=images.options.bidx,
+        rescale=images.options.rescale,
+    )
+
+
 def cluster_step(fit: Fit) -> Clusters:
     """Cluster the features, and find out what the clusters stand for."""
     cluster = fit.config.cluster
-    store = open_features(fit.features)
+    store = open_features(fit.features, verify=fit.ray is None)  # the nodes of a cluster look at their shares
     inputs = {"features": store.digest, "seed": fit.config.seed, **cluster.model_dump(mode="json")}
 
     def make() -> tuple[dict[str, Any], dict[str, Any]]:
         fit.say(f"cluster: {cluster.k} of {len(store)} features by {cluster.metric}")
-        parts = store.parts()
         try:
-            found = kmeans(
-                parts,
-                cluster.k,
-                metric=cluster.metric,
-                seed=fit.config.seed,
-                init=cluster.init,
-                max_iterations=cluster.max_iterations,
-                tolerance=cluster.tolerance,
-                device=cluster.device,
-                checkpoint=fit.results / "cluster.checkpoint",
-                progress=fit.progress,
-            )
+            found, similarity, means = _clustered(fit, store)
         except NotFiniteError as error:
             image = store.images[error.part]
             raise InputError(
@@ -112,8 +137,8 @@ def cluster_step(fit: Fit) -> Clusters:
             "centroids": found.centroids,
             "labels": found.labels,
             "counts": found.counts,
-            "similarity": similarities(parts, found, cluster.metric),
-            "likeness": likeness_vectors(store, found.centroids, found.labels, cluster.metric),
+            "similarity": similarity,
+            "likeness": likeness_vectors(store, found.centroids, found.labels, means),
             "rgb": natural_colors(store, found.labels, cluster.k),
         }
         return arrays, {"objective": list(found.curve), "inertia": found.inertia, "reseeded": found.reseeded}
@@ -126,6 +151,40 @@ def cluster_step(fit: Fit) -> Clusters:
         f"{np.median(counts):g}; {int((counts == 0).sum())} empty, {record['reseeded']} started again{_kept(kept)}"
     )
     return clusters_of(kept)
+
+
+def _clustered(fit: Fit, store: FeatureStore) -> Clustered:
+    return _cluster_here(fit, store) if fit.ray is None else _cluster_there(fit, store, fit.ray)
+
+
+def _cluster_here(fit: Fit, store: FeatureStore) -> Clustered:
+    metric, parts = fit.config.cluster.metric, store.parts()
+    found = _fit_table(fit, store, LocalTable(Rows(parts, find_device(fit.config.cluster.device), metric == "cosine")))
+    return found, similarities(parts, found, metric), image_means(parts, metric)
+
+
+def _cluster_there(fit: Fit, store: FeatureStore, address: str) -> Clustered:
+    with connected_to_fit(address) as nodes:
+        table = RemoteTable(store, nodes, fit.config.cluster.metric, fit.config.cluster.device)
+        fit.say(f"cluster: on {table.nodes} nodes")
+        found = _fit_table(fit, store, table)
+        return found, table.similarities(found.centroids), table.image_means()
+
+
+def _fit_table(fit: Fit, store: FeatureStore, table: Table) -> Clustering:
+    cluster = fit.config.cluster
+    return kmeans_of_table(
+        table,
+        cluster.k,
+        metric=cluster.metric,
+        seed=fit.config.seed,
+        init=cluster.init,
+        max_iterations=cluster.max_iterations,
+        tolerance=cluster.tolerance,
+        checkpoint=fit.results / "cluster.checkpoint",
+        identity=store.digest,
+        progress=fit.progress,
+    )
 
 
 def color_step(fit: Fit) -> None:

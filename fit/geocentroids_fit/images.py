@@ -12,7 +12,15 @@ from typing import TypeVar
 
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import InputError
-from geocentroids_tiler.source import Dataset, ReadOptions, Remote, open_dataset, resolve_source, source_identity
+from geocentroids_tiler.source import (
+    Dataset,
+    ReadOptions,
+    Remote,
+    Source,
+    open_dataset,
+    resolve_source,
+    source_identity,
+)
 
 SUFFIXES = (".tif", ".tiff")
 AS_THEY_ARE = ReadOptions()
@@ -37,6 +45,15 @@ class ImageFolder:
     options: ReadOptions = AS_THEY_ARE
     remote: Remote | None = None
 
+    def source(self, name: str) -> Source:
+        """Return where an image is.
+
+        Raises:
+            SourceUnavailableError: if a local one is not there.
+            SourceRefusedError: if it is no http(s) URL or lies outside of the folder.
+        """
+        return resolve_source(name, self.folder, self.remote)
+
     def identity(self, name: str) -> str:
         """Return a text that changes when the image does.
 
@@ -44,7 +61,7 @@ class ImageFolder:
             SourceUnavailableError: if it is not there.
             SourceRefusedError: if it is no http(s) URL or lies outside of the folder.
         """
-        return source_identity(resolve_source(name, self.folder, self.remote))
+        return source_identity(self.source(name))
 
     def open(self, name: str, codebook: Codebook) -> Dataset:
         """Open an image as serving does with a codebook.
@@ -52,7 +69,7 @@ class ImageFolder:
         Raises:
             GeocentroidsError: if it cannot be read, or is not an image that the codebook could classify.
         """
-        source = resolve_source(name, self.folder, self.remote)
+        source = self.source(name)
         return open_dataset(source, source_identity(source), self.options, codebook)
 
 
@@ -97,11 +114,17 @@ def leave_out(folder: Path, names: Sequence[str], exclude: Sequence[str], kind: 
     return kept
 
 
-def ahead(pool: Executor, function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[tuple[T, Future[R]]]:
-    """Yield items in order with what a function makes of them, begun up to ``count`` items before their turn."""
+def in_pool(pool: Executor, function: Callable[[T], R]) -> Callable[[T], Future[R]]:
+    """Return what begins a function of one item in a pool."""
+    return lambda item: pool.submit(function, item)
+
+
+def ahead(begin: Callable[[T], Future[R]], items: Iterable[T], count: int) -> Iterator[tuple[T, Future[R]]]:
+    """Yield items in order with what ``begin`` makes of them, begun up to ``count`` items before their turn."""
     waiting: deque[tuple[T, Future[R]]] = deque()
     for item in items:
-        waiting.append((item, pool.submit(function, item)))
+        waiting.append((item, begin(item)))
         if len(waiting) > count:
             yield waiting.popleft()
-    yield from waiting
+    while waiting:
+        yield waiting.popleft()

@@ -5,9 +5,10 @@ All metrics minimise the squared distance of rows to centroids, with centroids o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,10 @@ SPLIT_STEP = 1 / 16
 """How far the halves of a split cluster start from its mean, on the way to one of its rows. A row of 768 independent
 values is 28 standard deviations from the mean, so this is 1.7 of them, where the halves' own means will be about 0.8;
 more drives rows off to other clusters, less is lost in the rounding of bfloat16."""
+
+
+Members = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
+"""From clusters and numbers of their rows, both of shape (n,), to the rows, of shape (n, D)."""
 
 
 class NotFiniteError(InputError):
@@ -54,25 +59,41 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """Rows and their nearest centroids.
+class Totals:
+    """What the next centroids depend on.
 
     Attributes:
-        labels: of shape (N,), uint16.
         counts: rows of each centroid, of shape (K,), int64.
-        residuals: sum over the rows of each centroid of row minus centroid, of shape (K, D), float32.
+        residuals: sum over the rows of each centroid of row minus centroid, of shape (K, D), float32 or float64.
         inertias: sum over the rows of each centroid of the squared distance, of shape (K,), float64.
     """
 
-    labels: NDArray[np.uint16]
     counts: NDArray[np.int64]
-    residuals: NDArray[np.float32]
+    residuals: NDArray[np.floating[Any]]
     inertias: NDArray[np.float64]
 
     @property
     def inertia(self) -> float:
         """Sum of squared distances."""
         return float(self.inertias.sum())
+
+
+@dataclass(frozen=True)
+class Assignment(Totals):
+    """Rows and their nearest centroids.
+
+    Attributes:
+        labels: of shape (N,), uint16.
+    """
+
+    labels: NDArray[np.uint16]
+
+    def members(self, clusters: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which rows are members of clusters: of ``clusters[i]`` the one before which come ``numbers[i]``."""
+        by_cluster = np.argsort(self.labels, kind="stable")  # rows of cluster 0, then of cluster 1 and so on
+        first = np.cumsum(self.counts) - self.counts
+        index: NDArray[np.int64] = by_cluster[first[clusters] + numbers]
+        return index
 
 
 def survey(rows: Rows, *, spherical: bool) -> Survey:
@@ -114,6 +135,13 @@ def assign(
         spherical: whether centroids have length 1, so that |c|^2 need not be subtracted (a zero one then stays last).
         coarse: whether scores are computed in bfloat16; distances from the centroids so chosen are float32 always.
     """
+    with _full_float32():
+        return _assign(rows, centroids, mean, spherical, coarse)
+
+
+def _assign(
+    rows: Rows, centroids: NDArray[np.float32], mean: NDArray[np.float64], spherical: bool, coarse: bool
+) -> Assignment:
     dtype = torch.bfloat16 if coarse else torch.float32
     exact = centroids.astype(np.float64)
     bias = exact @ mean - (0.0 if spherical else np.square(exact).sum(axis=1) / 2)
@@ -139,10 +167,10 @@ def assign(
 
     residuals, inertias = (sum(shares[1:], shares[0]) for shares in zip(*rows.map_blocks(compare), strict=True))
     counts = np.bincount(labels, minlength=len(centroids))
-    return Assignment(labels, counts, residuals.numpy(), inertias.numpy())
+    return Assignment(counts, residuals.numpy(), inertias.numpy(), labels)
 
 
-def means(centroids: NDArray[np.float32], found: Assignment, *, spherical: bool) -> NDArray[np.float32]:
+def means(centroids: NDArray[np.float32], found: Totals, *, spherical: bool) -> NDArray[np.float32]:
     """Return the mean of each centroid's rows, scaled to length 1 if spherical; one without rows stays where it is."""
     counts = found.counts[:, None].astype(np.float64)
     if not spherical:
@@ -152,12 +180,12 @@ def means(centroids: NDArray[np.float32], found: Assignment, *, spherical: bool)
 
 
 def split(
-    rows: Rows, centroids: NDArray[np.float32], found: Assignment, rng: np.random.Generator, *, spherical: bool
+    members: Members, centroids: NDArray[np.float32], found: Totals, rng: np.random.Generator, *, spherical: bool
 ) -> tuple[NDArray[np.float32], int]:
     """Start empty clusters again by splitting those of the largest inertia in two halves.
 
     Args:
-        rows: that were assigned.
+        members: returns rows of clusters, of shape (n, D): of each the one before which come so many.
         centroids: means of the assignment, of shape (K, D).
         found: the assignment.
         rng: chooses the row of a cluster that its halves are split along.
@@ -172,9 +200,7 @@ def split(
     donors = np.argsort(-found.inertias, kind="stable")[: len(empty)]
     donors = donors[(found.counts[donors] > 1) & (found.inertias[donors] > 0)]
     empty = empty[: len(donors)]
-    members = np.argsort(found.labels, kind="stable")  # rows of cluster 0, then of cluster 1 and so on
-    first = np.cumsum(found.counts) - found.counts
-    towards = rows.take(members[first[donors] + rng.integers(found.counts[donors])])
+    towards = members(donors, rng.integers(found.counts[donors]))
     step = SPLIT_STEP * ((unit(towards) if spherical else towards) - centroids[donors])
     halves = np.concatenate([centroids[donors] - step, centroids[donors] + step])
     result = centroids.copy()
@@ -198,3 +224,14 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Keep others' leave to multiply float32 in fewer bits out of here."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ _ROWS = 65_536
 
 
 def likeness_vectors(
-    store: FeatureStore, centroids: NDArray[np.float32], labels: NDArray[np.uint16], metric: Metric
+    store: FeatureStore, centroids: NDArray[np.float32], labels: NDArray[np.uint16], means: NDArray[np.float64]
 ) -> NDArray[np.float32]:
     """Return for each centroid its own vector less a share of the mean tokens of the images it comes from.
 
@@ -28,7 +29,7 @@ def likeness_vectors(
         store: what was clustered.
         centroids: of shape (K, D).
         labels: nearest centroid of each feature, of shape (N,).
-        metric: of the clustering; with cosine tokens are scaled to length 1 first.
+        means: of the images' tokens, of shape (images, D); see ``image_means``.
 
     Returns:
         Of shape (K, D), float32.
@@ -36,10 +37,19 @@ def likeness_vectors(
     k, images = len(centroids), len(store.images)
     image = np.repeat(np.arange(images), np.diff(store.starts))
     share = sparse.csr_array((np.ones(len(labels), np.float32), (labels, image)), (k, images))  # repeated ones add up
-    means = np.stack([_mean(tokens, metric) for tokens in store.parts()])
     shift = (share @ means) / np.maximum(np.bincount(labels, minlength=k), 1)[:, None]
     vectors: NDArray[np.float32] = (centroids - IMAGE_SHARE * shift).astype(np.float32)
     return vectors
+
+
+def image_means(parts: Iterable[NDArray[np.floating[Any]]], metric: Metric) -> NDArray[np.float64]:
+    """Return the mean token of each image, of shape (images, D).
+
+    Args:
+        parts: tokens of each image, of shapes (n_i, D).
+        metric: of the clustering; with cosine tokens are scaled to length 1 first.
+    """
+    return np.stack([_mean(tokens, metric) for tokens in parts])
 
 
 def natural_colors(store: FeatureStore, labels: NDArray[np.uint16], k: int) -> NDArray[np.float32]:

@@ -25,12 +25,14 @@ class Fit:
         say: told in one line what begins or was found.
         progress: whether progress bars are drawn.
         overwrite: whether a codebook that is there already is replaced.
+        ray: address of the Ray cluster that extracts and clusters; None: this machine does. Results are the same.
     """
 
     config: FitConfig
     say: Callable[[str], None]
     progress: bool = True
     overwrite: bool = False
+    ray: str | None = None
 
     @property
     def prepared(self) -> Path:

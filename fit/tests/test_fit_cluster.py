@@ -16,7 +16,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from geocentroids_fit import blocks, cluster
+from geocentroids_fit import blocks, cluster, tables
 from geocentroids_fit import kmeans as core
 from geocentroids_fit.blocks import Blocks, Rows
 from geocentroids_fit.cluster import Clustering, NotFiniteError, kmeans, similarities, unit
@@ -77,7 +77,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Coarse iterations on little data, and on machines without instructions for them."""
     monkeypatch.setattr(cluster, "COARSE_MIN_PRODUCTS", 0)
-    monkeypatch.setattr(cluster, "_has_bfloat16", lambda device: True)
+    monkeypatch.setattr(tables, "has_bfloat16", lambda device: True)
 
 
 def test_inertia_is_scikit_learns() -> None:
@@ -237,6 +237,12 @@ def test_a_spherical_mean_points_where_the_sum_does() -> None:
     assert core.means(start, found, spherical=False) == pytest.approx(np.array([[1.5, 2], [0, 1]]), abs=1e-6)
 
 
+def of(parts: list[np.ndarray], found: Assignment) -> core.Members:
+    """The rows that an assignment says are members of clusters."""
+    rows = Rows(parts, CPU, scaled=False)
+    return lambda clusters, numbers: rows.take(found.members(clusters, numbers))
+
+
 def test_an_empty_cluster_halves_that_of_the_largest_inertia() -> None:
     data = np.array([[0, 0], [0, 2], [8, 16], [8, -16], [30, 30]], np.float32)
     found = Assignment(
@@ -246,8 +252,7 @@ def test_an_empty_cluster_halves_that_of_the_largest_inertia() -> None:
         inertias=np.array([2, 0, 512, 0], np.float64),
     )
     means = np.array([[0, 1], [50, 50], [8, 0], [30, 30]], np.float32)
-    rows = Rows([data], CPU, scaled=False)
-    result, reseeded = core.split(rows, means, found, np.random.default_rng(0), spherical=False)
+    result, reseeded = core.split(of([data], found), means, found, np.random.default_rng(0), spherical=False)
     assert reseeded == 1
     assert sorted(result[[1, 2]].tolist()) == [[8, -16 * core.SPLIT_STEP], [8, 16 * core.SPLIT_STEP]]
     assert result[[0, 3]].tolist() == means[[0, 3]].tolist()
@@ -263,8 +268,7 @@ def test_halves_of_long_features_start_near_their_centroid() -> None:
         inertias=np.array([9, 0], np.float64),
     )
     means = unit(np.array([[1, 1], [1, -1]], np.float32))
-    rows = Rows([data], CPU, scaled=False)
-    result, reseeded = core.split(rows, means, found, np.random.default_rng(0), spherical=True)
+    result, reseeded = core.split(of([data], found), means, found, np.random.default_rng(0), spherical=True)
     assert reseeded == 1
     assert np.linalg.norm(result, axis=1) == pytest.approx(1, abs=1e-6)
     off = np.abs(result @ [1, -1]) / np.sqrt(2)
@@ -279,8 +283,8 @@ def test_a_cluster_of_one_feature_is_not_split() -> None:
         residuals=np.zeros((3, 2), np.float32),
         inertias=np.array([1, 0, 1], np.float64),
     )
-    rows, means = Rows([data], CPU, scaled=False), np.ones((3, 2), np.float32)
-    result, reseeded = core.split(rows, means, found, np.random.default_rng(0), spherical=False)
+    means = np.ones((3, 2), np.float32)
+    result, reseeded = core.split(of([data], found), means, found, np.random.default_rng(0), spherical=False)
     assert (result == means).all()
     assert reseeded == 0
 
@@ -302,7 +306,7 @@ def test_iterations_do_not_end_while_clusters_start_again(monkeypatch: pytest.Mo
     iterations = iter(range(1, 100))
 
     def split(
-        rows: Rows, centroids: np.ndarray, found: Assignment, rng: np.random.Generator, *, spherical: bool
+        members: core.Members, centroids: np.ndarray, found: core.Totals, rng: np.random.Generator, *, spherical: bool
     ) -> tuple[np.ndarray, int]:
         return centroids, int(next(iterations) <= 7)
 
@@ -349,7 +353,7 @@ def test_bfloat16_iterations_end_where_float32_ones_do(metric: Metric, monkeypat
         kinds.append(coarse)
         return core.assign(*args, spherical=spherical, coarse=coarse)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cluster, "assign", assign)
+    monkeypatch.setattr(tables, "assign", assign)
     fast = kmeans([data], 50, metric=metric, init="random", progress=False)
     assert kinds == sorted(kinds, reverse=True)  # never back
     assert 3 < sum(kinds) < fast.iterations
@@ -423,7 +427,7 @@ def _count(patch: pytest.MonkeyPatch) -> list[int]:
         done.append(1)
         return core.assign(*args, spherical=spherical, coarse=coarse)  # type: ignore[arg-type]
 
-    patch.setattr(cluster, "assign", assign)
+    patch.setattr(tables, "assign", assign)
     return done
 
 

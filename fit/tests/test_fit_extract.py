@@ -18,10 +18,12 @@ from httpd import Served, serve
 from small_images import LAYOUT, MeanEncoder, close_remote, folder_of, settings, write_bands, write_image
 
 from geocentroids_fit import extract as extract_module
-from geocentroids_fit.extract import Extraction, blend, extract
+from geocentroids_fit import reading
+from geocentroids_fit.extract import Extraction, extract
 from geocentroids_fit.images import list_images
 from geocentroids_fit.pack import draft_codebook
 from geocentroids_fit.shards import MANIFEST_FILE, SHARDS_DIR, FeatureSettings, open_features, shard_file
+from geocentroids_fit.stream import blend
 from geocentroids_tiler.errors import InputError
 
 A, B = "a.tif", "town/b.TIFF"
@@ -283,7 +285,7 @@ def test_windows_are_read_while_the_encoder_runs_and_blended_while_it_runs_again
     encoding, read_meanwhile, blending, encoding_again = (threading.Event() for _ in range(4))
     met: list[bool] = []
     calls: list[int] = []
-    read = extract_module.read_windows
+    read = reading.read_windows
 
     def recorded(*args: object) -> object:
         calls.append(threading.get_ident())
@@ -308,7 +310,7 @@ def test_windows_are_read_while_the_encoder_runs_and_blended_while_it_runs_again
                 met.append(encoding_again.wait(20))
             return tokens
 
-    monkeypatch.setattr(extract_module, "read_windows", recorded)
+    monkeypatch.setattr(reading, "read_windows", recorded)
     monkeypatch.setattr(extract_module, "CHUNKS_PER_BATCH", 4)
     found = run(folder, tmp_path, wanted=settings(per_image=10_000), encoder=Recorded())
     assert met == [True, True]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from geocentroids_fit.cluster import find_device
+from geocentroids_fit.devices import find_device
 from geocentroids_fit.files import PART_SUFFIX, digest_of
 from geocentroids_fit.images import ImageFolder, list_images
 from geocentroids_fit.pack import draft_codebook

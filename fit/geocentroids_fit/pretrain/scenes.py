@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from geocentroids_fit.images import ImageFolder, ahead
+from geocentroids_fit.images import ImageFolder, ahead, in_pool
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import GeocentroidsError, InputError
 from geocentroids_tiler.grid import PatchRange
@@ -80,7 +80,7 @@ def read_scenes(images: ImageFolder, codebook: Codebook, per_image: int, most: i
         return list(_scenes_of(*entry, codebook.manifest.encoder.patch_px, share, seed))
 
     with ThreadPoolExecutor(OPEN_AHEAD, "geocentroids-read") as pool:
-        for name, dataset in ahead(pool, lambda name: images.open(name, codebook), images.names, OPEN_AHEAD):
+        for name, dataset in ahead(in_pool(pool, lambda name: images.open(name, codebook)), images.names, OPEN_AHEAD):
             try:
                 opened.append((name, dataset.result()))
             except GeocentroidsError as error:
@@ -88,7 +88,7 @@ def read_scenes(images: ImageFolder, codebook: Codebook, per_image: int, most: i
         share = share_of(
             [rows * cols for _, dataset in opened for rows, cols in [dataset.footprint.shape]], per_image, most
         )
-        for (name, _), scenes in ahead(pool, read, opened, OPEN_AHEAD):
+        for (name, _), scenes in ahead(in_pool(pool, read), opened, OPEN_AHEAD):
             try:
                 own = scenes.result()
             except GeocentroidsError as error:

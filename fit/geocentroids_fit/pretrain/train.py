@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from geocentroids_fit.images import ahead
+from geocentroids_fit.images import ahead, in_pool
 from geocentroids_fit.pretrain.checkpoint import State
 from geocentroids_fit.pretrain.config import PretrainConfig
 from geocentroids_fit.pretrain.learner import autocast, normalised
@@ -225,7 +225,7 @@ def run_steps(
     began = kept_at = time.monotonic()
     first, past = state.step, []
     with ThreadPoolExecutor(config.workers, "geocentroids-view") as pool:
-        for step, drawn in ahead(pool, draw, range(first, stop), config.workers + 1):
+        for step, drawn in ahead(in_pool(pool, draw), range(first, stop), config.workers + 1):
             rate = learning_rate(step, config)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
