@@ -61,8 +61,7 @@ def prepare_step(fit: Fit) -> None:
 def extract_step(fit: Fit) -> FeatureStore:
     """Compute the features of the images, here or on a cluster."""
     images = fit.images()
-    section = describe_encoder(fit.config.encoder, fit.config.windows.preprocess, fit.encoder)
-    found = _extract_here(fit, images, section) if fit.ray is None else _extract_there(fit, images, section, fit.ray)
+    found = _extract_here(fit, images) if fit.ray is None else _extract_there(fit, images, fit.ray)
     fit.say(
         f"extract: {len(found.store)} features of {len(found.store.images)} images, {found.reused} of them kept"
         + (f"; {found.features_per_s:.0f} features/s, encoder busy {found.busy:.0%}" if found.features_per_s else "")
@@ -71,7 +70,8 @@ def extract_step(fit: Fit) -> FeatureStore:
     return found.store
 
 
-def _extract_here(fit: Fit, images: ImageFolder, section: EncoderSection) -> Extraction:
+def _extract_here(fit: Fit, images: ImageFolder) -> Extraction:
+    section = describe_encoder(fit.config.encoder, fit.config.windows.preprocess, fit.encoder)
     encoder = load_described(section, fit.config.windows.preprocess, fit.encoder, fit.config.encoder)
     settings = _feature_settings(fit, images, section, device_of(encoder))
     fit.say(f"extract: {len(images.names)} images with {section.architecture} on {encoder.info.device}")
@@ -86,9 +86,11 @@ def _extract_here(fit: Fit, images: ImageFolder, section: EncoderSection) -> Ext
     )
 
 
-def _extract_there(fit: Fit, images: ImageFolder, section: EncoderSection, address: str) -> Extraction:
-    recipe = EncoderRecipe(section, fit.config.windows.preprocess, fit.config.encoder, own_code())
-    with connected_to_fit(address) as nodes:
+def _extract_there(fit: Fit, images: ImageFolder, address: str) -> Extraction:
+    preprocess = fit.config.windows.preprocess
+    with connected_to_fit(address) as nodes:  # first: exporting or fetching an encoder may take a while
+        section = describe_encoder(fit.config.encoder, preprocess, fit.encoder)
+        recipe = EncoderRecipe(section, preprocess, fit.config.encoder, own_code())
         team = make_team(recipe, fit.encoder, nodes)
         workers, device = start_workers(team, nodes, fit.features)
         fit.say(
