@@ -146,7 +146,7 @@ class Encoders:
         except BaseException:
             encoder.close()
             raise
-        return LabelDesk(labeller, queue_windows=settings.queue_windows, label_cache_bytes=settings.label_cache_bytes)
+        return LabelDesk(labeller, label_cache_bytes=settings.label_cache_bytes)
 
 
 class Ingress:

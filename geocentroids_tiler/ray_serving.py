@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 APP_NAME = "geocentroids"
 DEVICE_REQUESTS = 1000
-"""Batches under way at one device; its queue is bounded by ``queue_windows`` long before."""
+"""Batches under way at one device, more than all ingress replicas together send: those have eight each."""
 DEVICE_TARGET = 4
 """Batches under way at a device on average at which there are enough of them: one computes, the next is there."""
 INGRESS_TARGET = 16

@@ -67,14 +67,14 @@ class Far:
         self.encoder.forget()
         while self.encoder.entered.acquire(blocking=False):
             pass
-        self.desk = LabelDesk(self.labeller, queue_windows=queue_windows, label_cache_bytes=PLENTY)
+        self.desk = LabelDesk(self.labeller, label_cache_bytes=PLENTY)
         self.carrier = DeskCarrier(self.desk)
-        self.engines = [self._engine() for _ in range(2)]
+        self.engines = [self._engine(queue_windows) for _ in range(2)]
         self.dataset = open_image(self.service, "hole.tif", "blend")
 
-    def _engine(self) -> LabelEngine:
+    def _engine(self, queue_windows: int) -> LabelEngine:
         labeller = RemoteLabeller(self.codebook, self.carrier)
-        return LabelEngine(self.codebook, labeller, LabelStore(PLENTY), read_threads=2)
+        return LabelEngine(self.codebook, labeller, LabelStore(PLENTY), read_threads=2, queue_windows=queue_windows)
 
     def close(self) -> None:
         self.encoder.gate.set()
@@ -191,18 +191,20 @@ def test_a_chunk_that_fails_takes_none_with_it(make: Callable[..., Far]) -> None
     assert all(isinstance(error, EncoderError) and "PoisonError" in str(error) for error in failed.values())
 
 
-def test_a_full_device_refuses_with_a_time(make: Callable[..., Far]) -> None:
+def test_who_is_full_refuses_and_what_was_let_in_is_finished(make: Callable[..., Far]) -> None:
     far = make(queue_windows=1)
     far.encoder.gate.clear()
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(far.engines[0].block, far.dataset, far.dataset.footprint)
+    area = far.dataset.footprint
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(engine.block, far.dataset, area) for engine in far.engines]
         far.encoder.await_run()
-        with pytest.raises(BusyError, match=r"wait for one device, and at most 1 are kept waiting") as refused:
-            far.engines[1].block(far.dataset, far.dataset.footprint, timeout_s=PATIENCE_S)
+        until(lambda: all(engine.windows_waiting > 1 for engine in far.engines))
+        with pytest.raises(BusyError, match="and this server keeps at most 1 waiting") as refused:
+            far.engines[0].block(far.dataset, area)
         assert refused.value.retry_after_s > 0
         far.encoder.gate.set()
-        with pytest.raises(BusyError):
-            asked.result(PATIENCE_S)
+        first, second = (future.result(PATIENCE_S) for future in asked)
+    np.testing.assert_array_equal(first.labels, second.labels)
 
 
 def test_a_busy_error_goes_from_process_to_process() -> None:

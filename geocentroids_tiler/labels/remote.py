@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.encoder.base import ChunkLayout, DeviceInfo
-from geocentroids_tiler.errors import BusyError, EncoderError, GeocentroidsError
+from geocentroids_tiler.errors import EncoderError, GeocentroidsError
 from geocentroids_tiler.grid import ChunkIndex
 from geocentroids_tiler.labels.batching import BACKGROUND, BatchQueue, Lane, Rank
 from geocentroids_tiler.labels.device import DeviceLabeller
@@ -289,32 +289,22 @@ class LabelDesk:
     Safe for threads; it is closed with ``labeller``.
     """
 
-    def __init__(self, labeller: DeviceLabeller, *, queue_windows: int, label_cache_bytes: int) -> None:
+    def __init__(self, labeller: DeviceLabeller, *, label_cache_bytes: int) -> None:
         """Keep what was labelled for those who ask for it before it is in their stores.
 
         Args:
             labeller: labels.
-            queue_windows: with as many windows waiting, requests are refused.
             label_cache_bytes: memory for labels.
         """
         self._labeller = labeller
-        self._queue_windows = queue_windows
         kept: ByteCache[WindowKey, ChunkLabels] = ByteCache(label_cache_bytes, lambda chunk: chunk.nbytes)
         self._chunks: Once[WindowKey, ChunkLabels] = Once(kept, labeller.lock)
 
     async def label(self, request: LabelRequest) -> LabelReply:
         """Label the chunks of a request; cancelled, what nobody else wants is given up.
 
-        Raises:
-            BusyError: if too many windows wait, and the request is no background work.
+        Nothing is refused here: each sender has let in what it sends, and has little under way at once.
         """
-        waiting = len(self._labeller.waiting())
-        if waiting >= self._queue_windows and not request.background:
-            raise BusyError(
-                f"{waiting} windows wait for one device, and at most {self._queue_windows} are kept waiting there; "
-                "try again",
-                waiting * self._labeller.seconds_per_chunk,
-            )
         rank = BACKGROUND if request.background else _ON_ITS_WAY
         claims = [self._claim(request, index, rank) for index in request.chunks]
         try:
