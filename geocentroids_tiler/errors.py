@@ -40,8 +40,8 @@ class TooManyImagesError(InputError):
         count: how many.
     """
 
-    def __init__(self, count: int, limit: int) -> None:
-        super().__init__(f"{count} images of the mosaic lie there; one request opens at most {limit}: ask for less")
+    def __init__(self, message: str, count: int = 0) -> None:
+        super().__init__(message)
         self.count = count
 
 
@@ -120,6 +120,7 @@ class DownloadError(GeocentroidsError):
 HTTP_STATUS: dict[type[GeocentroidsError], int] = {
     GeocentroidsError: 500,
     InputError: 400,
+    TooManyImagesError: 400,
     SourceRefusedError: 400,
     SourceUnavailableError: 404,
     SourceChangedError: 409,

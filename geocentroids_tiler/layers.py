@@ -237,7 +237,11 @@ async def open_part(
     """
     numbers = mosaic.under(patches, grid, read.overlap)
     if len(numbers) > limit:
-        raise TooManyImagesError(len(numbers), limit)
+        raise TooManyImagesError(
+            f"{len(numbers)} images of the mosaic lie there; one request opens at most "
+            f"{service.settings.mosaic_opened}: ask for less",
+            len(numbers),
+        )
     urls = [mosaic.members[number].url for number in numbers]
     opened = await asyncio.gather(*(_open(service, mosaic, url, code, grid, read, codebook) for url in urls))
     images = tuple(

@@ -364,7 +364,9 @@ class TestGivenUp:
             return await asyncio.gather(*tasks, return_exceptions=True)
 
         b.encoder.gate.clear()
-        return asyncio.run(scene()), b.encoder.runs[0]
+        answers = asyncio.run(scene())
+        until(lambda: bool(b.encoder.runs))
+        return answers, b.encoder.runs[0]
 
     def test_windows_nobody_wants_are_not_encoded(self, bench: Callable[..., Bench]) -> None:
         b = bench("blend", read_threads=1)
