@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import resource
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from rasterio.windows import Window
 
 from geocentroids_tiler.app import create_app
 from geocentroids_tiler.labels.service import Service
+from geocentroids_tiler.metrics import exposition
 from geocentroids_tiler.mosaic import Mosaic, read_document
 from geocentroids_tiler.scene import ensure_demo_scene
 from geocentroids_tiler.settings import Settings
@@ -163,6 +163,7 @@ async def tiles(
     cold: dict[str, list[float]] = {name: [] for name in names}
     drawn: dict[str, list[float]] = {name: [] for name in names}
     hot: dict[str, list[float]] = {name: [] for name in names}
+    windows: dict[str, float] = {}
     for _ in range(rounds):
         for name, url in names.items():
             service = Service(Settings(root=folder, tile_budget_s=600))
@@ -174,16 +175,25 @@ async def tiles(
                 cold[name] += [await timed(client, address(tile, url)) for tile in wanted]
                 drawn[name] += [await timed(client, address(tile, url, size)) for size in (257, 258) for tile in wanted]
                 hot[name] += [await timed(client, address(tile, url)) for tile in wanted]
+            windows[name] = windows_encoded(service)
             service.close()
     print(f"\n{len(wanted)} tiles of zoom {ZOOM}, {rounds} rounds; p50 (ratio to one image)\n")
-    print("| layer | opened | hot | drawn | cold |\n|---|---|---|---|---|")
+    print("| layer | opened | hot | drawn | cold | windows |\n|---|---|---|---|---|---|")
     for name in names:
         parts = [f"| {name} | {first[name] * 1e3:.0f} ms"]
         for times in (hot, drawn, cold):
             own, peer = statistics.median(times[name]), statistics.median(times["one image"])
             parts.append(f" {own * 1e3:.2f} ms ({own / peer:.2f})")
+        parts.append(f" {windows[name]:.0f} ({windows[name] / windows['one image']:.2f})")
         print(" |".join(parts) + " |")
-    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+def windows_encoded(service: Service) -> float:
+    """Return how many windows the device encoded."""
+    lines = exposition(service).decode().splitlines()
+    return sum(
+        float(line.rpartition(" ")[2]) for line in lines if line.startswith("geocentroids_windows_encoded_total")
+    )
 
 
 def address(tile: morecantile.Tile, url: str, size: int = 256) -> str:
