@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -130,8 +131,9 @@ class App:
             encoder.forget()
 
 
-@pytest.fixture(scope="module")
-def start(images: Path, codebooks: Path) -> Iterator[Callable[..., App]]:
+@contextmanager
+def starting(images: Path, codebooks: Path) -> Iterator[Callable[..., App]]:
+    """Yield what starts applications with given settings; they end with the ``with`` block."""
     made = []
 
     def start(**settings: Any) -> App:
@@ -142,6 +144,12 @@ def start(images: Path, codebooks: Path) -> Iterator[Callable[..., App]]:
     yield start
     for service in made:
         service.close()
+
+
+@pytest.fixture(scope="module")
+def start(images: Path, codebooks: Path) -> Iterator[Callable[..., App]]:
+    with starting(images, codebooks) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,19 @@ from rasterio.transform import Affine
 from rasterio.warp import transform_bounds
 from rasters import LEFT, TOP, UTM, texture, write_tif
 from shapely.geometry import shape
-from test_http import API, PATCH_M, App, bbox_path, feature_of, patches_of_tile, read_tif, rgba, tiles_over, transformer
+from test_http import (
+    API,
+    PATCH_M,
+    App,
+    bbox_path,
+    feature_of,
+    patches_of_tile,
+    read_tif,
+    rgba,
+    starting,
+    tiles_over,
+    transformer,
+)
 
 from geocentroids_tiler.app import create_app
 from geocentroids_tiler.codebook import NODATA_LABEL
@@ -87,16 +99,8 @@ def codebooks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(images: Path, codebooks: Path) -> Iterator[Callable[..., App]]:
-    made = []
-
-    def start(**settings: Any) -> App:
-        service, loader = fake_service(images, codebooks, **settings)
-        made.append(service)
-        return App(TestClient(create_app(service=service)), service, loader)
-
-    yield start
-    for service in made:
-        service.close()
+    with starting(images, codebooks) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +292,20 @@ class TestDocuments:
         (images / "item.json").write_text(json.dumps(self.items(images, NAMES)[1]))
         found, _, _ = read_tif(app.get(bbox_path(area, inset=0.1), url="item.json", coord_crs="EPSG:32721"))
         assert np.array_equal(found, alone("b.tif").labels)
+
+    def test_whole_paths_below_the_root(self, app: App, images: Path, alone: Callable[..., LabelBlock]) -> None:
+        """As in the items that classify --list writes."""
+        items = self.items(images, NAMES[:3])
+        for each in items:
+            each["assets"]["visual"]["href"] = str(images / each["id"])
+        (images / "sub").mkdir(exist_ok=True)
+        (images / "sub" / "items.json").write_text(json.dumps({"type": "FeatureCollection", "features": items}))
+        labels, area = merged(in_order(alone, "first"), "first")
+        answer = app.get(bbox_path(area, inset=0.1), url="sub/items.json", coord_crs="EPSG:32721")
+        assert np.array_equal(read_tif(answer)[0], labels)
+        (images / "sub" / "list.txt").write_text("/etc/passwd\n../a.tif")
+        problems = app.get(f"{API}/info", url="sub/list.txt").json()["problems"]
+        assert [problem["url"] for problem in problems] == ["/etc/passwd"]
 
     def test_a_search_elsewhere(self, app: App, images: Path, alone: Callable[..., LabelBlock]) -> None:
         """Its pages come from a server without ranges, its images from beside it."""

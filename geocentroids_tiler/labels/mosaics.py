@@ -145,6 +145,8 @@ class Mosaics:
         asked_at = self._clock()
         documents, digest = self._documents(source)
         members = _in_order(documents)
+        if source.remote is None and self._settings.root is not None:
+            members = [_below(member, self._settings.root) for member in members]
         placeless = any(member.footprint is None for member in members)
         if known is not None and known.digest == digest and not placeless:
             return _Read(known.mosaic, digest, asked_at)
@@ -251,6 +253,16 @@ def _in_order(documents: list[Document]) -> list[Member]:
         for member in document.members:
             found.setdefault(member.url, member)
     return list(found.values())
+
+
+def _below(member: Member, root: Path) -> Member:
+    """Return a member of a local document with its whole path, if it has one, as a path below the root folder."""
+    if not member.url.startswith("/"):
+        return member
+    for folder in (root.absolute(), root.resolve()):
+        if Path(member.url).is_relative_to(folder):
+            return replace(member, url=Path(member.url).relative_to(folder).as_posix())
+    return member
 
 
 def _placed_at(member: Member, dataset: Dataset) -> Member:

@@ -139,7 +139,7 @@ def _resolver(url: str) -> Callable[[str], str]:
             if address.startswith("/") or ":" in address:  # of a bucket, which urljoin does not know
                 raise MosaicError(f"{short(address)} in {url!r} is no address beside it; accepted: a URL, or a name")
             return f"{folder}/{address.removeprefix('./')}"
-        if "://" in address or not folder:
+        if "://" in address or address.startswith("/") or not folder:
             return address.removeprefix("./")
         return f"{folder}/{address.removeprefix('./')}"
 
