@@ -433,6 +433,12 @@ def wrap_longitude(lon: float) -> float:
     return wrapped if wrapped < 180 else -180.0  # the remainder of a tiny negative number rounds to 360
 
 
+def authority_code(crs: CRS) -> str | None:
+    """Return ``AUTHORITY:code`` of a coordinate system, or None if it is none of an authority's, but only like one."""
+    authority = crs.to_authority(min_confidence=100)  # with less, any other datum with the same ellipsoid would do
+    return ":".join(authority) if authority else None
+
+
 def parse_crs(text: str) -> CRS:
     """Read ``AUTHORITY:code``, for example ``EPSG:32721``; nothing else is accepted.
 

@@ -23,7 +23,7 @@ from geocentroids_tiler.errors import (
     TooManyImagesError,
     UnsupportedImageError,
 )
-from geocentroids_tiler.grid import Grid, PatchRange
+from geocentroids_tiler.grid import Grid, PatchRange, authority_code
 from geocentroids_tiler.labels.batching import Rank
 from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
 from geocentroids_tiler.labels.futures import follow
@@ -275,7 +275,7 @@ def _same(one: CRS, other: CRS) -> bool:
 @lru_cache(maxsize=4096)
 def _same_wkt(one: str, other: str) -> bool:
     first, second = CRS.from_user_input(one), CRS.from_user_input(other)
-    return first == second or (first.to_authority() is not None and first.to_authority() == second.to_authority())
+    return first == second or (authority_code(first) is not None and authority_code(first) == authority_code(second))
 
 
 async def problems_of(service: Service, mosaic: Mosaic, read: LayerParams, codebook: Codebook) -> list[Problem]:

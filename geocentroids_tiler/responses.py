@@ -16,6 +16,7 @@ from geocentroids_tiler.area import Area
 from geocentroids_tiler.codebook import NODATA_LABEL, Classes, Codebook
 from geocentroids_tiler.colors import hex_color
 from geocentroids_tiler.exemplars import ExemplarImage
+from geocentroids_tiler.grid import authority_code
 from geocentroids_tiler.labels.engine import LabelBlock, LabelEngine
 from geocentroids_tiler.labels.kept import KeptDataset
 from geocentroids_tiler.mosaic import Member, Mosaic, Overlap, Problem
@@ -274,7 +275,6 @@ def image_info(
         kept: its labels, if they are kept.
     """
     footprint = dataset.footprint
-    authority = dataset.grid.crs.to_authority(min_confidence=100)
     return ImageInfo(
         url=dataset.source.url,
         bounds=dataset.geographic_bounds,
@@ -285,7 +285,7 @@ def image_info(
         gsd_m=dataset.gsd_m,
         warped=dataset.warped,
         grid=GridInfo(
-            crs=":".join(authority) if authority else dataset.grid.crs.to_wkt(),
+            crs=authority_code(dataset.grid.crs) or dataset.grid.crs.to_wkt(),
             patch_m=dataset.grid.patch_m,
             rows=(footprint.row_start, footprint.row_stop),
             cols=(footprint.col_start, footprint.col_stop),

@@ -25,6 +25,7 @@ from geocentroids_tiler.grid import (
     ChunkIndex,
     Grid,
     PatchRange,
+    authority_code,
     bounds_holding,
     geographic_bounds,
     ground_grid,
@@ -574,3 +575,11 @@ def test_outline_runs_once_around() -> None:
     assert edge.shape == (132, 2)
     length = sum(math.dist(one, other) for one, other in pairwise(edge))
     assert length == pytest.approx(2 * (250 + 100))
+
+
+def test_a_crs_that_is_only_like_one_of_an_authority_has_no_code() -> None:
+    """Taken for the one that it is like, it would put images elsewhere."""
+    assert authority_code(CRS.from_epsg(32721)) == "EPSG:32721"
+    alike = CRS.from_proj4("+proj=utm +zone=32 +ellps=intl +units=m +no_defs")
+    assert alike.to_authority() is not None, "at PROJ's usual confidence"
+    assert authority_code(alike) is None

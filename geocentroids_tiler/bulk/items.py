@@ -22,6 +22,7 @@ from geocentroids_tiler.bulk.image_list import ListedImage
 from geocentroids_tiler.bulk.outline import bbox_of_all, footprint_of
 from geocentroids_tiler.codebook import NODATA_LABEL, Codebook
 from geocentroids_tiler.errors import InputError
+from geocentroids_tiler.grid import authority_code
 from geocentroids_tiler.source import Dataset, ReadOptions
 
 STAC_VERSION = "1.1.0"
@@ -310,8 +311,7 @@ def _time(taken_at: datetime | None) -> dict[str, str | None]:
 
 def _projection(crs: CRS, shape: tuple[int, int], transform: Sequence[float]) -> dict[str, Any]:
     """Return the fields of the projection extension."""
-    authority = crs.to_authority(min_confidence=100)  # with less, any other datum with the same ellipsoid would do
-    code = None if authority is None else ":".join(authority)
+    code = authority_code(crs)
     return {
         "proj:code": code,
         **({"proj:wkt2": crs.to_wkt()} if code is None else {}),

@@ -15,7 +15,7 @@ from cachetools import LRUCache
 from geocentroids_tiler.cache import ByteCache
 from geocentroids_tiler.codebook import Codebook
 from geocentroids_tiler.errors import GeocentroidsError, MosaicError, SourceUnavailableError
-from geocentroids_tiler.grid import WGS84, outline, wrap_longitude
+from geocentroids_tiler.grid import WGS84, authority_code, outline, wrap_longitude
 from geocentroids_tiler.labels.futures import then
 from geocentroids_tiler.labels.host_queues import HostQueues
 from geocentroids_tiler.labels.once import Once, Work
@@ -267,7 +267,6 @@ def _below(member: Member, root: Path) -> Member:
 
 def _placed_at(member: Member, dataset: Dataset) -> Member:
     """Return a member with what its image's header says."""
-    authority = dataset.crs.to_authority()
     points = outline(dataset.crs, dataset.transform, dataset.width_px, dataset.height_px, WGS84)
     lon = points[0, 0] + (points[:, 0] - points[0, 0] + 180) % 360 - 180  # no jump along the edge
     west, east = (wrap_longitude(float(value)) for value in (lon.min(), lon.max()))
@@ -275,7 +274,7 @@ def _placed_at(member: Member, dataset: Dataset) -> Member:
     return replace(
         member,
         footprint=box((west, south, east, north), member.url),
-        crs=member.crs or (":".join(authority) if authority else None),
+        crs=member.crs or authority_code(dataset.crs),
     )
 
 
